@@ -1,0 +1,67 @@
+"""How every script in launch/ starts and ends: arguments in, one line on a mistake, an exit code out."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+from fasttrain import distributed
+from fasttrain.config import Config, describe, load, to_yaml
+from fasttrain.errors import UsageError
+
+C = TypeVar("C", bound=Config)
+
+EXIT_MISTAKE = 2
+"The command, the configuration or the data is wrong; the last line says what and how to mend it."
+EXIT_FAILED = 1
+"Something broke that is not the user's doing; there is a traceback."
+EXIT_SAVED_ON_SIGNAL = 75
+"SIGTERM or SIGUSR1: a checkpoint was saved; the same command goes on from it (EX_TEMPFAIL of sysexits.h)."
+
+FLAGS = """
+  --help           this text, with every key, its default and its meaning
+  --print-config   print the resolved configuration as YAML and exit
+  --debug          on a mistake, print the traceback too"""
+
+
+def main(schema: type[C], body: Callable[[C], int | None], doc: str) -> None:
+    """Run ``body(config)`` and exit: 0, or what ``body`` returns, or one of this module's codes.
+
+    ``sys.argv`` holds an optional YAML path, then ``key=value``; ``--local_rank=N``, which DeepSpeed's launcher adds,
+    is ignored in favour of the environment.
+    """
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    flags = {a for a in arguments if a in ("--help", "-h", "--print-config", "--debug")}
+    arguments = [a for a in arguments if a not in flags]
+    if flags & {"--help", "-h"}:
+        print("\n".join([doc.strip(), FLAGS, "", "keys:", *describe(schema)]))
+        sys.exit(0)
+    sys.exit(_run(schema, body, arguments, "--print-config" in flags, "--debug" in flags))
+
+
+def _run(schema: type[C], body: Callable[[C], int | None], arguments: list[str], show: bool, debug: bool) -> int:
+    try:
+        try:
+            config = load(schema, arguments)
+        except UsageError as error:  # every rank was given the same arguments
+            raise UsageError(str(error), everywhere=True) from error
+        if show:
+            if distributed.rank() == 0:
+                print(to_yaml(config), end="")
+            return 0
+        return body(config) or 0
+    except UsageError as error:
+        if debug:
+            traceback.print_exc()
+        if distributed.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not error.everywhere:
+            print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint stands; the same command goes on from it", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        distributed.finalize()

@@ -1,0 +1,140 @@
+"""YAML + ``key=value`` -> one frozen, validated object.
+
+Every part of the library declares its own settings beside its code as a subclass of :class:`Config`; a launch script
+nests the parts it needs in one such class and calls :func:`load`. Defaults < YAML < ``key=value``, resolved once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from fasttrain.errors import UsageError
+
+C = TypeVar("C", bound="Config")
+
+
+class Config(pydantic.BaseModel):
+    """Base of every settings object: frozen, unknown keys forbidden, defaults validated like given values."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+def load(schema: type[C], arguments: list[str]) -> C:
+    """Resolve ``[file.yaml] key=value ...`` into a validated ``schema``.
+
+    Raises:
+        UsageError: unreadable file, unknown key (names the nearest one), wrong type or value out of range.
+    """
+    values: dict[str, Any] = {}
+    for position, argument in enumerate(arguments):
+        if "=" in argument:
+            key, _, text = argument.partition("=")
+            _assign(values, key, text)
+        elif position == 0:
+            values = _read_yaml(Path(argument))
+        else:
+            raise UsageError(f"argument '{argument}' is neither the first (a YAML file) nor of the form key=value")
+    return resolve(schema, values)
+
+
+def resolve(schema: type[C], values: dict[str, Any]) -> C:
+    """Validate nested plain ``values`` against ``schema``; every mistake found becomes one ``UsageError`` line."""
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UsageError("; ".join(_explain(schema, mistake) for mistake in error.errors())) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`load` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(ours: Config, theirs: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, each as ``key: theirs -> ours``; a key that one side lacks counts."""
+    mine, other = _flatten(ours.model_dump(mode="json")), _flatten(theirs)
+    return [
+        f"{key}: {other.get(key, '(absent)')} -> {mine.get(key, '(absent)')}"
+        for key in sorted(mine.keys() | other.keys())
+        if mine.get(key, "(absent)") != other.get(key, "(absent)")
+    ]
+
+
+def describe(schema: type[Config], prefix: str = "") -> list[str]:
+    """One line a key, ``key  type = default  what it is``, for ``--help``."""
+    lines = []
+    for name, field in schema.model_fields.items():
+        if _is_config(field.annotation):
+            lines += describe(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "(required)" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+        lines.append(f"  {prefix + name:30s} = {default:24s} {' '.join((field.description or '').split())}".rstrip())
+    return lines
+
+
+def _is_config(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration '{path}': {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if values is not None and not isinstance(values, dict):
+        raise UsageError(f"'{path}' holds a {type(values).__name__}; a configuration is a mapping of keys to values")
+    return values or {}
+
+
+def _assign(values: dict[str, Any], key: str, text: str) -> None:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.lstrip("-").split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"'{key}': '{parent}' is the value {inner!r}, not a section with keys of its own")
+        values = inner
+    values[leaf] = value
+
+
+def _explain(schema: type[Config], mistake: Any) -> str:
+    path = [str(part) for part in mistake["loc"]]
+    key = ".".join(path)
+    if mistake["type"] == "extra_forbidden":
+        return f"unknown key '{key}'" + _nearest(schema, path)
+    if mistake["type"] == "missing":
+        return f"'{key}' is required: set {key}=…"
+    reason = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if mistake["type"] == "value_error":
+        return f"{key}: {reason}" if key else reason
+    return f"{key}={mistake['input']!r}: should be {reason}"
+
+
+def _nearest(schema: type[Config], path: list[str]) -> str:
+    keys = sorted(line.split()[0] for line in describe(schema))
+    wanted = ".".join(path)
+    siblings = {key.rsplit(".", 1)[-1]: key for key in keys if key.rsplit(".", 1)[:-1] == [".".join(path[:-1])] or len(path) == 1}
+    near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
+    found = [siblings[near[0]]] if near else difflib.get_close_matches(wanted, keys, n=1, cutoff=0.5)
+    return f"; did you mean '{found[0]}'?" if found else "; --help lists the keys"
+
+
+__all__ = ["Config", "describe", "differences", "load", "resolve", "to_yaml"]

@@ -1,0 +1,16 @@
+"""Images on disk -> batches on the device: catalog, order, augment, and the two loaders."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """What a loader yields. V views of B images; ``index`` is the position in the data set's full listing."""
+
+    images: Tensor  # [V, B, 3, H, W] float32 in [0, 1], each image channels-last in memory
+    labels: Tensor  # [B] int64
+    index: Tensor  # [B] int64
+
+
+__all__ = ["Batch"]

@@ -1,0 +1,77 @@
+"""Who decodes: one protocol for the DALI and the FFCV loader, and the settings both read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from pydantic import Field
+
+from fasttrain.config import Config
+from fasttrain.data import Batch
+
+if TYPE_CHECKING:
+    from fasttrain.data.augment import Augmentation
+    from fasttrain.data.catalog import Catalog
+    from fasttrain.data.order import Order
+
+
+class LoaderConfig(Config):
+    """How batches are read and decoded."""
+
+    kind: Literal["dali", "ffcv"] = "dali"
+    """who decodes: NVIDIA DALI (image files) or FFCV (a .beton file)"""
+    threads: int | None = Field(None, ge=1)
+    """decoding threads of each rank; by default the cores it may use, shared among the ranks of this machine"""
+    prefetch: int = Field(2, ge=1)
+    """finished batches kept ready"""
+    timeout: float = Field(120.0, gt=0)
+    """seconds without a batch after which the run ends with an error that names the files being read"""
+
+    def thread_count(self) -> int:
+        """``threads``, or this rank's share of the cores."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class Loader(Protocol):
+    """Batches of one rank, in the order that :class:`~fasttrain.data.order.Order` gives."""
+
+    def __len__(self) -> int:
+        """Micro-batches an epoch."""
+        ...
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Batches from global micro-batch ``start`` of the run on: without end in training; in evaluation (the last
+        partial batch is kept) up to ``len(self)``, where a rank's share of the last may be empty.
+
+        A second call abandons the first one's batches.
+
+        Raises:
+            UsageError: an image cannot be decoded, or no batch came for ``timeout`` seconds; both name the files.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop the threads; the loader is not used after it."""
+        ...
+
+
+def make_loader(
+    config: LoaderConfig,
+    catalog: Catalog,
+    order: Order,
+    augment: Augmentation,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> Loader:
+    """The loader of ``config.kind``; its packages are imported only here."""
+    if config.kind == "ffcv":
+        from fasttrain.data.ffcv import FfcvLoader
+
+        return FfcvLoader(config, catalog, order, augment, device, rank, world)
+    from fasttrain.data.dali import DaliLoader
+
+    return DaliLoader(config, catalog, order, augment, device, rank, world)

@@ -1,0 +1,98 @@
+"""What a full verification of an ImageFolder split found, kept beside the split so that no run need look again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fasttrain.errors import UsageError
+
+NAME = ".fasttrain-manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The verified state of one split.
+
+    ``listing`` is the hash of all relative file names. Only names are compared when a run starts: that takes a scan of
+    the folders and no ``stat`` of each file, and holds for a copy on another disk. A file that was changed under its
+    old name is not noticed.
+    """
+
+    listing: str
+    classes: list[str]
+    excluded: list[tuple[int, str, str]]  # position in the listing, relative name, reason
+    heights: list[int]  # pixels, one per file in listing order; 0 where excluded
+    widths: list[int]
+    version: int = VERSION
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[full, 2] int32 (height, width)."""
+        return np.stack([np.asarray(self.heights, np.int32), np.asarray(self.widths, np.int32)], axis=1)
+
+
+def places(folder: Path, cache: Path) -> list[Path]:
+    """Where the manifest of ``folder`` may lie: inside it, else (a read-only disk) in the cache, keyed by its path."""
+    key = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=10).hexdigest()
+    return [folder / NAME, cache / "manifests" / f"{folder.name}-{key}.json"]
+
+
+def find(folder: Path, cache: Path) -> tuple[Manifest | None, str | None]:
+    """The manifest of ``folder`` if there is one, and a complaint if there is one that cannot be read."""
+    complaint = None
+    for path in reversed(places(folder, cache)):  # one in the cache is there because the other cannot be replaced
+        try:
+            manifest = Manifest(**json.loads(path.read_text()))
+            if manifest.version == VERSION:
+                return manifest, None
+            complaint = f"the manifest '{path}' is of version {manifest.version}, not {VERSION}"
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except (OSError, ValueError, TypeError) as error:
+            complaint = f"the manifest '{path}' cannot be read ({error})"
+    return None, complaint
+
+
+def save(manifest: Manifest, folder: Path, cache: Path) -> Path:
+    """Write beside the data, or in the cache where that is read-only; whole or not at all. Returns the path.
+
+    Raises:
+        UsageError: neither place can be written.
+    """
+    beside, fallback = places(folder, cache)
+    with contextlib.suppress(OSError):
+        _write(manifest, beside)
+        fallback.unlink(missing_ok=True)
+        return beside
+    try:
+        fallback.parent.mkdir(parents=True, exist_ok=True)
+        _write(manifest, fallback)
+        return fallback
+    except OSError as error:
+        raise UsageError(f"cannot write a manifest to '{beside}' nor to '{fallback}': {error.strerror}") from None
+
+
+def _write(manifest: Manifest, path: Path) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(asdict(manifest), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+__all__ = ["NAME", "Manifest", "find", "places", "save"]

@@ -1,0 +1,264 @@
+"""A decoder's uint8 views -> finished batches, ahead of time. Shared by the DALI and the FFCV loader::
+
+    Source.produce(position) ── colour.py ── queue of `prefetch` batches ── PrefetchLoader.iterate()
+    └────────────────── one background thread ────────────────────────┘     the consumer
+
+A loader is a :class:`Source` of its own in a :class:`PrefetchLoader`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.data import Batch, colour
+from fasttrain.data.augment import Draws
+from fasttrain.data.loader import LoaderConfig
+from fasttrain.data.order import Order
+from fasttrain.errors import UsageError
+
+
+class Decoded(NamedTuple):
+    """One rank's part of a micro-batch: decoded, cropped, resized and flipped, the colours not yet changed."""
+
+    views: Sequence[np.ndarray | Tensor]  # V x uint8 [B, size, size, 3]; the next produce() may overwrite them
+    draws: Draws  # [B, V]
+    labels: np.ndarray  # [B] int64
+    ids: np.ndarray  # [B] int64
+
+
+class Source(Protocol):
+    """What a loader has of its own. Called from one thread at a time, but for ``reading``."""
+
+    def seek(self, position: int, end: int | None) -> None:
+        """Forget what is under way: ``position`` is produced next, then those after it up to ``end``."""
+        ...
+
+    def produce(self, position: int) -> Decoded:
+        """This rank's part of global micro-batch ``position``."""
+        ...
+
+    def reading(self) -> list[str]:
+        """The files that ``produce`` is waiting for, to be named when it takes too long."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PrefetchLoader:
+    """The :class:`~fasttrain.data.loader.Loader` around a :class:`Source`: colours, queue, time-out, shutdown."""
+
+    def __init__(self, source: Source, config: LoaderConfig, order: Order, device: torch.device) -> None:
+        self._source, self._config, self._order = source, config, order
+        self._finish = _FinishOnGpu(device) if device.type == "cuda" else _FinishOnCpu(config.thread_count())
+        self._runs: list[_Run] = []
+        self.close = weakref.finalize(self, _close, self._runs, source, self._finish)  # also on collection and at exit
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """See :meth:`Loader.iterate`. Work starts at once, not with the first ``next``."""
+        while self._runs:
+            self._runs.pop().stop()
+        end = None if self._order.drop_last else len(self)
+        run = _Run(self._source, self._finish, start, end, self._config.prefetch)
+        self._runs.append(run)
+        return self._batches(run)
+
+    def _batches(self, run: _Run) -> Iterator[Batch]:
+        try:
+            for _ in run.positions():
+                batch = run.take(self._config.timeout)
+                if batch.images.is_cuda:  # made on another stream, whose allocator must not reuse it under ours
+                    for tensor in batch:
+                        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+                yield batch
+        finally:
+            run.stop()
+
+
+class Workers:
+    """A few daemon threads. Unlike ThreadPoolExecutor's they hold up no exit of the interpreter when a read hangs."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(count):
+            threading.Thread(target=_work, args=(self._tasks,), daemon=True).start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        future: Future = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def over_slices(self, function: Callable[[slice], Any], length: int) -> list[Future]:
+        """``function`` of slices that cover ``range(length)``, a few for each thread so that all end together.
+
+        They are as ``np.array_split`` would cut it."""
+        parts = np.array_split(np.arange(length), max(1, min(length, 4 * self.count))) if length else []
+        return [self.submit(function, slice(int(part[0]), int(part[-1]) + 1)) for part in parts]
+
+    def close(self) -> None:
+        for _ in range(self.count):
+            self._tasks.put(None)
+
+
+def _work(tasks: queue.SimpleQueue) -> None:
+    while (task := tasks.get()) is not None:
+        future, function, arguments = task
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        del task, future, function, arguments  # else a waiting thread keeps the last batch in memory
+
+
+class _Run:
+    """One call of ``iterate``: the thread that fills the queue, and the consumer's end of it."""
+
+    def __init__(
+        self, source: Source, finish: Callable[[Decoded], Batch], start: int, end: int | None, prefetch: int
+    ) -> None:
+        self._source, self._finish, self._start, self._end, self._prefetch = source, finish, start, end, prefetch
+        self._ready: deque[Batch | BaseException] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._fill, name="fasttrain-loader", daemon=True)
+        self._thread.start()
+
+    def positions(self) -> Iterator[int]:
+        return itertools.count(self._start) if self._end is None else iter(range(self._start, self._end))
+
+    def take(self, timeout: float) -> Batch:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ready or self._stopped, timeout):
+                raise UsageError(
+                    f"no batch for {timeout:g} s while reading {_shorten(self._source.reading())}: check that the disk "
+                    f"or network mount answers, or raise the loader's timeout"
+                )
+            if not self._ready:
+                raise RuntimeError("this iterator was abandoned: the loader was closed or iterates from elsewhere")
+            item = self._ready[0]
+            if isinstance(item, BaseException):
+                raise item
+            self._changed.notify_all()
+            return self._ready.popleft()
+
+    def stop(self, patience: float = 10.0) -> bool:
+        """End the thread; False if it is stuck in a read or a decoder, and is left to end with the process."""
+        with self._changed:
+            self._stopped = True
+            self._ready.clear()
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(patience)
+        return not self._thread.is_alive()
+
+    def _fill(self) -> None:
+        try:
+            self._source.seek(self._start, self._end)
+            for position in self.positions():
+                if self._stopped:
+                    return
+                self._put(self._finish(self._source.produce(position)))
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._ready) < self._prefetch or self._stopped)
+            if not self._stopped:
+                self._ready.append(item)
+                self._changed.notify_all()
+
+
+class _FinishOnCpu:
+    """Colours by the fused kernel, slices of the batch on several threads."""
+
+    def __init__(self, threads: int) -> None:
+        self._workers, self._memory = Workers(threads), _Memory()
+
+    def __call__(self, decoded: Decoded) -> Batch:
+        n, size = len(decoded.ids), decoded.views[0].shape[1]
+        images = self._memory.take((len(decoded.views), n, size, size, 3))
+        done = []
+        for view, pixels in enumerate(decoded.views):
+            draws, out = decoded.draws.take((slice(None), view)), images[view].numpy()
+
+            def apply(part: slice, pixels=pixels, draws=draws, out=out) -> None:
+                colour.apply_numpy(pixels[part], draws.take(part), out[part])
+
+            done += self._workers.over_slices(apply, n)
+        for part in done:
+            part.result()
+        return Batch(images.permute(0, 1, 4, 2, 3), torch.tensor(decoded.labels), torch.tensor(decoded.ids))
+
+    def close(self) -> None:
+        self._workers.close()
+
+
+class _FinishOnGpu:
+    """Colours by batched torch operations on a stream of its own, a view at a time to bound their memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def __call__(self, decoded: Decoded) -> Batch:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            images = []
+            for view, pixels in enumerate(decoded.views):
+                pixels = self._move(torch.as_tensor(pixels))
+                images.append(colour.apply_torch(pixels, decoded.draws.take((slice(None), view))))
+            labels, ids = (self._move(torch.tensor(x)) for x in (decoded.labels, decoded.ids))
+            batch = Batch(torch.stack(images).permute(0, 1, 4, 2, 3), labels, ids)
+            self._stream.synchronize()  # this thread alone waits; after it the decoder's buffers may be reused
+        return batch
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_cuda else tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def close(self) -> None: ...
+
+
+class _Memory:
+    """Float tensors whose memory is handed out again when no tensor over it lives any more.
+
+    A batch is tens of MB: taken fresh from the system each time, its pages would be zeroed and mapped anew, TODO.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        count = int(np.prod(shape))
+        array = self._free.pop() if self._free else np.empty(count, np.float32)
+        if len(array) < count:
+            array = np.empty(count, np.float32)
+        lent = array[:count].reshape(shape)
+        weakref.finalize(lent, self._free.append, array).atexit = False  # torch keeps `lent` as long as it needs it
+        return torch.from_numpy(lent)
+
+
+def _close(runs: list[_Run], source: Source, finish: _FinishOnCpu | _FinishOnGpu) -> None:
+    if all([run.stop() for run in runs]):  # a list: every run is told before one is found stuck
+        source.close()
+        finish.close()
+
+
+def _shorten(paths: list[str], most: int = 3) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(f"'{path}'" for path in paths[:most]) + more if paths else "(nothing: the decoder itself hangs)"
+
+
+__all__ = ["Decoded", "PrefetchLoader", "Source", "Workers"]

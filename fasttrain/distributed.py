@@ -1,0 +1,183 @@
+"""The process group, agreement between ranks, and collectives that can be differentiated twice."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fasttrain.errors import UsageError
+
+T = TypeVar("T")
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def initialize(device: Device = "auto", timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Join the process group through DeepSpeed and return this rank's device; seed nothing.
+
+    Under ``deepspeed`` or ``torchrun`` the launcher's environment says who we are; a plain ``python`` is a world of one.
+    The backend is NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        UsageError: ``device`` is "cuda" and there is none, or there are fewer GPUs than ranks on this machine.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device=cuda, but PyTorch sees no GPU here: use train.device=auto or cpu", everywhere=True)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda and local_rank() >= torch.cuda.device_count():
+        raise UsageError(
+            f"local rank {local_rank()} has no GPU: {torch.cuda.device_count()} visible; start at most one process a GPU"
+        )
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(cores_per_rank())
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    # On a CPU the first initialisation would compile this op, for minutes and under a lock that a kill leaves behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+
+
+def finalize() -> None:
+    """Leave the process group, without which a process now and then aborts at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def cores_per_rank() -> int:
+    """CPU cores this process may count as its own: those it is allowed to run on, shared among the machine's ranks."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def rank() -> int:
+    """This process's rank; before the process group is up, what the launcher says (0 without one)."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of ranks; before the process group is up, what the launcher says (1 without one)."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process's rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def agree(work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank; where any rank raises :class:`UsageError`, all ranks raise it.
+
+    Without this, a mistake that only one rank meets (an unwritable disk, say) leaves the others waiting in a collective.
+    """
+    result, complaint = None, None
+    try:
+        result = work()
+    except UsageError as error:
+        complaint = str(error)
+    complaints = all_gather_object(complaint)
+    for where, message in enumerate(complaints):
+        if message is not None:
+            alone = sum(text is not None for text in complaints) < len(complaints)
+            raise UsageError(f"rank {where}: {message}" if alone else message, everywhere=True)
+    return result  # type: ignore[return-value]
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 alone and return its (picklable) result on every rank; a ``UsageError`` reaches all."""
+    result = agree(lambda: work() if rank() == 0 else None)
+    if world_size() > 1 and dist.is_initialized():
+        holder = [result]
+        dist.broadcast_object_list(holder, src=0)
+        result = holder[0]
+    return result  # type: ignore[return-value]
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Every rank's ``value``, in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Stack every rank's ``x`` along a new first dimension: ``[...] -> [world, ...]``; any order of derivative is right.
+
+    Its adjoint sums the ranks' gradients and keeps this rank's slice (a reduce-scatter), whose adjoint is this gather
+    again. The usual gather, with a plain all-reduce in its backward, loses the graph there: its second-order gradients
+    are wrong by a few percent. Without a process group it is ``x[None]``.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x.unsqueeze(0)
+    return _Gather.apply(x)
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum ``x`` over the ranks; its adjoint is the same sum, so any order of derivative is right."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return _Sum.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _ScatterSum.apply(gradient)
+
+
+class _ScatterSum(torch.autograd.Function):
+    """Sum ``[world, ...]`` over the ranks and keep this rank's entry."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if dist.get_backend() == "gloo":  # gloo has no reduce-scatter of tensors
+            total = x.clone()
+            dist.all_reduce(total)
+            return total[dist.get_rank()].clone()
+        mine = torch.empty_like(x[0])
+        dist.reduce_scatter_tensor(mine, x)
+        return mine
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Gather.apply(gradient)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)

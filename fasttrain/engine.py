@@ -1,0 +1,357 @@
+"""deepspeed.initialize and train(): one visible loop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from fasttrain import distributed
+from fasttrain.config import Config
+from fasttrain.data import Batch
+from fasttrain.errors import UsageError
+from fasttrain.run import Run
+
+OWNED = {
+    "train_batch_size": "train.batch",
+    "train_micro_batch_size_per_gpu": "train.batch and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "train.clip",
+    "torch_autocast": "train.precision",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "optimizer": "optimizer.name",
+    "scheduler": "optimizer.lr and optimizer.warmup_epochs",
+    "zero_allow_untested_optimizer": "train.zero_stage",
+    "steps_per_print": "run.log_every",
+}
+"DeepSpeed's keys that have an owner in our configuration, and which."
+
+
+class TrainConfig(Config):
+    """How long, in what batches, at what precision."""
+
+    epochs: int = Field(100, ge=1)
+    "passes over the data"
+    steps: int | None = Field(None, ge=1)
+    "train for so many steps instead of whole epochs"
+    batch: int = Field(256, ge=1)
+    "images an optimiser step: all ranks and accumulation steps together"
+    accumulation: int = Field(1, ge=1)
+    "micro-batches an optimiser step; a contrastive loss sees only its own micro-batch (of all ranks)"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    "autocast of convolutions and products (fp16 with dynamic loss scaling); weights, BatchNorm and loss stay fp32"
+    device: distributed.Device = "auto"
+    "auto: the GPU when there is one"
+    zero_stage: int = 0
+    "DeepSpeed ZeRO: 0, 1 (optimiser state sharded) or 2 (and gradients); 0 is the fastest with LARS"
+    clip: float = Field(0.0, ge=0)
+    "largest global gradient norm; 0: no clipping"
+    deepspeed: str | None = None
+    "JSON file of further DeepSpeed settings; a key that this configuration owns is refused"
+
+    @field_validator("zero_stage")
+    @classmethod
+    def _stages(cls, stage: int) -> int:
+        if stage == 3:
+            raise ValueError(
+                "zero_stage=3 is refused: double backward through its partitioned weights fails "
+                "(\"expected stride to be a single integer\"); use 0, 1 or 2"
+            )
+        if stage not in (0, 1, 2):
+            raise ValueError(f"zero_stage={stage} does not exist; use 0, 1 or 2")
+        return stage
+
+    def micro_batch(self, world: int) -> int:
+        """Images of one rank's micro-batch."""
+        share, rest = divmod(self.batch, world * self.accumulation)
+        if rest or not share:
+            raise UsageError(
+                f"train.batch={self.batch} does not divide over {world} ranks x train.accumulation={self.accumulation}: "
+                f"make it a multiple of {world * self.accumulation}"
+            )
+        return share
+
+
+def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary, derived from ours; every number has one owner.
+
+    ``gradient_clipping`` is always written, since DeepSpeed clips at 1.0 when it is absent. No module is listed as safe
+    in low precision, so that gradients are reduced in fp32.
+    """
+    extra: dict[str, Any] = {}
+    if config.deepspeed is not None:
+        try:
+            extra = json.loads(Path(config.deepspeed).read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"train.deepspeed={config.deepspeed} cannot be read as JSON: {error}") from None
+        for key in sorted(extra.keys() & OWNED.keys()):
+            raise UsageError(f"train.deepspeed={config.deepspeed} sets '{key}', which {OWNED[key]} owns: remove it there")
+        if "stage" in extra.get("zero_optimization", {}):
+            raise UsageError(
+                f"train.deepspeed={config.deepspeed} sets 'zero_optimization.stage', which train.zero_stage owns: "
+                "remove it there"
+            )
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(config.precision)
+    return {
+        **extra,
+        "train_batch_size": config.batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch(world),
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {**extra.get("zero_optimization", {}), "stage": config.zero_stage},
+        "torch_autocast": {"enabled": dtype is not None, "dtype": dtype or "bfloat16", "lower_precision_safe_modules": []},
+    }
+
+
+def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig):
+    """Wrap ``module`` (a :class:`~fasttrain.step.TrainStep`) in a DeepSpeed engine; rank 0's weights reach all ranks.
+
+    Weights become channels-last at stage 0, after DeepSpeed's broadcast, which refuses them so. ZeRO 1 and 2 lay them out
+    in flat buffers of their own; there only the activations are channels-last.
+    """
+    import deepspeed
+
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=trainable,
+        optimizer=optimizer,
+        config=deepspeed_settings(config, distributed.world_size()),
+        dist_init_required=False,
+    )
+    if config.zero_stage == 0:
+        engine.module.to(memory_format=torch.channels_last)
+    return engine
+
+
+class Callback(NamedTuple):
+    """``function(step) -> values to report``, called after every ``every``-th step and after the last."""
+
+    every: int
+    function: Callable[[int], dict[str, float]]
+
+
+class LossScale:
+    """Dynamic loss scale of fp16 autocast: halved when a gradient overflows, doubled after ``patience`` good steps.
+
+    At stage 0 DeepSpeed's own ``GradScaler`` is right and is used as it is. Under ZeRO 1 and 2 DeepSpeed runs a
+    ``GradScaler`` once a parameter group and a rank, so groups and ranks can disagree about a skipped step; there the
+    scale is ours and the decision falls on the global gradient norm, which all ranks share.
+    """
+
+    def __init__(self, engine, patience: int = 2000) -> None:
+        self._engine, self.patience = engine, patience
+        self.good_steps = 0
+        self._zero = engine.optimizer if hasattr(engine.optimizer, "override_loss_scale") else None
+        if self._zero is not None:
+            self._zero.torch_autocast_gradscaler = None
+            self._set(2.0**16)
+
+    def _set(self, scale: float) -> None:
+        # override_loss_scale logs each change; the attribute is what it sets
+        self._zero.custom_loss_scaler, self._zero.external_loss_scale = True, scale
+
+    @property
+    def scale(self) -> float:
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        return float(self._zero.loss_scale) if self._zero is not None else float(scaler.get_scale())
+
+    def update(self) -> None:
+        """After an optimiser step: follow its overflow."""
+        if self._zero is None:
+            return
+        self.good_steps = 0 if self._zero.overflow else self.good_steps + 1
+        if self._zero.overflow:
+            self._set(max(1.0, self.scale / 2))
+        elif self.good_steps == self.patience:
+            self.good_steps = 0
+            self._set(self.scale * 2)
+
+    def state(self) -> dict[str, float]:
+        if self._zero is not None:
+            return {"scale": self.scale, "good_steps": self.good_steps}
+        state = self._engine.torch_autocast_z0_gradscaler.state_dict()
+        return {"scale": self.scale, "good_steps": state["_growth_tracker"]}
+
+    def load(self, state: dict[str, float]) -> None:
+        if self._zero is not None:
+            self.good_steps = int(state["good_steps"])
+            self._set(float(state["scale"]))
+            return
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        scaler.load_state_dict(
+            {**scaler.state_dict(), "scale": float(state["scale"]), "_growth_tracker": int(state["good_steps"])}
+        )
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGUSR1 until the next step boundary."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = True
+
+
+def train(
+    engine,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    learning_rate: Callable[[int], float],
+    run: Run,
+    start: int,
+    total: int,
+    steps_per_epoch: int,
+    save: Callable[[int], None],
+    callbacks: Sequence[Callback] = (),
+    loss_scale: LossScale | None = None,
+) -> bool:
+    """Steps ``start`` to ``total``; True when the last was done, False when a signal ended it early (a checkpoint is saved).
+
+    Raises:
+        UsageError: the loss is not finite; on all ranks together, before the weights are touched.
+    """
+    stop, meter = StopRequest(), Meter(config.batch)
+    engine.train()
+    for step in range(start, total):
+        meter.steps += 1
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        losses, values, seen = [], {}, []
+        for _ in range(config.accumulation):
+            with meter.waiting():
+                batch = next(batches)
+            loss, values = engine(batch)
+            losses.append(loss.detach())
+            seen.append(batch.index)
+            if len(losses) == config.accumulation:
+                verdict = Verdict(losses, stop.received)
+            engine.backward(loss)
+            if len(losses) == config.accumulation and not verdict.finite:
+                raise not_finite(run, step, engine, seen, losses, verdict)
+            engine.step()
+        if loss_scale is not None:
+            loss_scale.update()
+
+        done = step + 1
+        run.progress(done)
+        if done % run.config.log_every == 0 or done == total:
+            rates = meter.read()
+            terms = {f"loss/{name}": float(value) for name, value in values.items()} if len(values) > 1 else {}
+            scale = {"loss_scale": loss_scale.scale} if loss_scale is not None else {}
+            epoch = round(done / steps_per_epoch, 3)
+            run.report(done, {"epoch": epoch, "loss": verdict.loss, **terms, "lr": learning_rate(step), **scale, **rates})
+        for callback in callbacks:
+            if done % callback.every == 0 or done == total:
+                with meter.paused():
+                    run.report(done, callback.function(done))
+        if done % run.config.save_every == 0 or done == total or verdict.stop:
+            with meter.paused():
+                save(done)
+        if verdict.stop and done < total:
+            return False
+    return True
+
+
+class Verdict:
+    """What all ranks agree on about a step: its mean loss, whether it is finite, whether anyone was told to stop.
+
+    The values travel to the host on their own, recorded before the backward pass is launched, so that reading them
+    waits for the forward pass alone.
+    """
+
+    def __init__(self, losses: list[Tensor], stop: bool) -> None:
+        total = torch.stack(losses).float().mean()
+        report = torch.stack([total, torch.full_like(total, float(stop))])
+        if distributed.world_size() > 1:
+            dist.all_reduce(report)
+        self._event = None
+        if report.is_cuda:
+            self._report = torch.empty(2, pin_memory=True).copy_(report, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._report = report
+
+    def _read(self, position: int) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._report[position])
+
+    @property
+    def loss(self) -> float:
+        return self._read(0) / distributed.world_size()
+
+    @property
+    def finite(self) -> bool:
+        return self.loss - self.loss == 0
+
+    @property
+    def stop(self) -> bool:
+        return self._read(1) > 0
+
+
+class Meter:
+    """Images a second and the share of time spent waiting for data, since last read."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began, self._waited, self._paused, self.steps = time.perf_counter(), 0.0, 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside counts as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._began - self._paused
+        rates = {"images_per_second": self.steps * self.batch / elapsed, "data_wait": self._waited / elapsed}
+        self._reset()
+        return rates
+
+
+def not_finite(run: Run, step: int, engine, seen: list[Tensor], losses: list[Tensor], verdict: Verdict) -> UsageError:
+    """Save what is needed to look at a loss that is not finite, and the error that says so."""
+    folder = run.dir / f"not-finite-step-{step:08d}"
+    folder.mkdir(exist_ok=True)
+    report = {"step": step, "loss": [float(x) for x in losses], "index": [x.tolist() for x in seen]}
+    (folder / f"rank-{distributed.rank():05d}.json").write_text(json.dumps(report))
+    if distributed.rank() == 0:
+        from safetensors.torch import save_file
+
+        weights = {k: v.detach().cpu().contiguous() for k, v in engine.module.state_dict().items()}
+        save_file(weights, str(folder / "weights.safetensors"))
+    if distributed.world_size() > 1:
+        dist.barrier()
+    return UsageError(
+        f"the loss of step {step} is {verdict.loss}: training stopped before the update; its weights and sample indices "
+        f"are in {folder}; lower optimizer.lr, lengthen optimizer.warmup_epochs or use train.precision=fp32",
+        everywhere=True,
+    )

@@ -1,0 +1,184 @@
+"""Optimisers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from fasttrain.config import Config
+from fasttrain.errors import UsageError
+
+APEX_INSTALL = (
+    "pip uninstall -y apex; git clone https://github.com/NVIDIA/apex && cd apex && "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
+)
+
+
+class OptimizerConfig(Config):
+    """The update rule and its schedule. The peak learning rate is derived here and nowhere else."""
+
+    name: Literal["lars", "adamw", "sgd"] = "lars"
+    "lars (SimCLR's), adamw or sgd (with momentum)"
+    lr: float = Field(0.3, gt=0)
+    "learning rate before scaling by the batch"
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    "peak = lr * batch/256, lr * sqrt(batch/256), or lr"
+    weight_decay: float = Field(1e-6, ge=0)
+    "L2 (lars, sgd) or decoupled (adamw); biases and BatchNorm are excluded"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    "of lars and sgd"
+    betas: tuple[float, float] = (0.9, 0.999)
+    "of adamw"
+    trust_coefficient: float = Field(0.001, gt=0)
+    "eta of lars"
+    warmup_epochs: float = Field(10, ge=0)
+    "epochs of linear warm-up, then one cosine to zero"
+    implementation: Literal["auto", "torch", "apex"] = "auto"
+    "auto: torch's fused kernels where the device has them; apex: NVIDIA apex's (adamw, sgd)"
+
+    def peak(self, batch: int) -> float:
+        """Learning rate after warm-up, for a global batch of ``batch`` images (all ranks, all accumulation steps)."""
+        return self.lr * {"linear": batch / 256, "sqrt": math.sqrt(batch / 256), "none": 1.0}[self.lr_scaling]
+
+
+def schedule(peak: float, warmup: int, total: int) -> Callable[[int], float]:
+    """Learning rate of step t = 0, 1, ...: ``peak (t+1)/W`` for t < W, then ``peak/2 (1 + cos(pi (t-W)/(T-W)))``."""
+    if warmup >= total > 0:
+        raise UsageError(
+            f"optimizer.warmup_epochs gives {warmup} steps of warm-up in a run of {total}: lower it, or train for longer"
+        )
+
+    def learning_rate(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+    return learning_rate
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module, zero_stage: int, device: torch.device):
+    """The optimiser over ``model``'s trainable parameters; biases and BatchNorm's (ndim <= 1) are not decayed.
+
+    ZeRO stages 1 and 2 hand an optimiser one flat partition a parameter *group*; LARS needs the norms of tensors, so
+    there it gets one group a parameter, and sums squares over the ranks.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kernels = [p for p in parameters if p.ndim > 1]
+    gains = [p for p in parameters if p.ndim <= 1]
+    if config.name == "lars":
+        if config.implementation == "apex":
+            raise UsageError("optimizer.implementation=apex has no LARS: use auto, or optimizer.name=sgd or adamw")
+        split = zero_stage > 0
+        groups = [{"params": [p], "adapt": True} for p in kernels] if split else [{"params": kernels, "adapt": True}]
+        groups += [{"params": [p], "adapt": False} for p in gains] if split else [{"params": gains, "adapt": False}]
+        return LARS(groups, config.lr, config.momentum, config.weight_decay, config.trust_coefficient, sharded=split)
+    groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if config.implementation == "apex":
+        optimizers = require_apex()
+        if config.name == "adamw":
+            return optimizers.FusedAdam(groups, lr=config.lr, betas=config.betas, adam_w_mode=True)
+        return optimizers.FusedSGD(groups, lr=config.lr, momentum=config.momentum)
+    fused = device.type == "cuda" and config.implementation == "auto"
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused or None)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused or None)
+
+
+def require_apex():
+    """NVIDIA apex's ``apex.optimizers``; the ``apex`` of PyPI is another project and is told apart."""
+    try:
+        import amp_C  # noqa: F401  (the compiled kernels: only NVIDIA's apex has them)
+        from apex import optimizers
+    except ImportError:
+        raise UsageError(
+            f"optimizer.implementation=apex needs NVIDIA apex with its CUDA kernels: {APEX_INSTALL} "
+            "(or set optimizer.implementation=auto)"
+        ) from None
+    return optimizers
+
+
+class LARS(torch.optim.Optimizer):
+    r"""Layer-wise adaptive rate scaling, as in SimCLR.
+
+    For an adapted tensor w with gradient g::
+
+        d = g + lambda w
+        v <- momentum v + lr * eta |w| / |d| * d        (the ratio is 1 where |w| or |d| is 0)
+        w <- w - v
+
+    A group with ``adapt=False`` (biases, BatchNorm) has d = g and ratio 1. The learning rate is inside the momentum
+    buffer, as in Google's code; solo-learn and lightly put it outside and use ``|g| + lambda |w|`` below the line.
+
+    Args:
+        groups: parameter groups, each with the key ``adapt``.
+        lr, momentum, weight_decay, trust_coefficient: lr, momentum, lambda and eta above.
+        sharded: the parameters seen are this rank's shards (ZeRO 1 or 2, one group a parameter): norms are summed over
+            the ranks, so the trust ratio is exactly that of the whole tensor.
+
+    Source: You, Gitman, Ginsburg, arXiv:1708.03888; Chen et al., arXiv:2002.05709, appendix B.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust_coefficient: float = 0.001,
+        sharded: bool = False,
+    ) -> None:
+        self.sharded = sharded
+        groups = [group for group in groups if len(group["params"])]
+        super().__init__(
+            groups,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "trust_coefficient": trust_coefficient,
+                "adapt": True,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            updates: list[Tensor] = [p.grad for p in weights]
+            if group["adapt"]:
+                updates = list(torch._foreach_add(updates, weights, alpha=group["weight_decay"]))
+                torch._foreach_mul_(updates, list(self._trust_ratios(weights, updates, group["trust_coefficient"])))
+            buffers = [self._buffer(p) for p in weights]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates, alpha=group["lr"])
+            torch._foreach_sub_(weights, buffers)
+        return loss
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+    def _trust_ratios(self, weights: list[Tensor], updates: list[Tensor], eta: float) -> Iterable[Tensor]:
+        norms = torch.stack([*torch._foreach_norm(weights), *torch._foreach_norm(updates)]).view(2, -1)  # [2, P]
+        if self.sharded and dist.is_initialized() and dist.get_world_size() > 1:
+            squares = norms.square()
+            dist.all_reduce(squares)
+            norms = squares.sqrt()
+        of_weights, of_updates = norms
+        usable = (of_weights > 0) & (of_updates > 0)
+        return torch.where(usable, eta * of_weights / of_updates, 1.0).unbind()

@@ -1,0 +1,52 @@
+"""TrainStep: the weighted sum of terms, inside the one module that DeepSpeed wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fasttrain.data import Batch
+from fasttrain.models import Encoded, Encoder
+from fasttrain.objectives import Objective
+from fasttrain.views import View, clean
+
+
+class Term(NamedTuple):
+    """One summand of the loss: ``weight * objective(encode(view(batch)), batch)``."""
+
+    name: str
+    objective: Objective
+    weight: float = 1.0
+    view: View = clean
+
+
+class TrainStep(nn.Module):
+    """Batch -> loss: ``sum_i weight_i * mean(objective_i(encode(view_i(batch)), batch))``.
+
+    The objective has to live inside the module that DeepSpeed wraps: ``autograd.grad`` on the output of a wrapped
+    encoder raises under most ZeRO stages and is silently wrong under one. Terms that share a view share its encoding.
+    All V views are encoded together, so train-mode BatchNorm sees the statistics of all of them.
+    """
+
+    def __init__(self, encoder: Encoder, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.terms = tuple(terms)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss (scalar) and each term's own value (detached, unweighted), by name."""
+        encodings: dict[View, tuple[Encoded, Batch]] = {}
+        loss, values = 0.0, {}
+        for term in self.terms:
+            if term.view not in encodings:
+                seen = term.view(self.encoder, batch)
+                encodings[term.view] = self.encoder(seen.images.flatten(0, 1)), seen
+            value = term.objective(*encodings[term.view]).mean()
+            values[term.name] = value.detach()
+            loss = loss + term.weight * value
+        return loss, values
+
+
+__all__ = ["Term", "TrainStep"]

@@ -1,0 +1,132 @@
+"""Pretrain an encoder by SimCLR.
+
+  deepspeed launch/pretrain.py                                    the embedded data set, a small ResNet, minutes on 2 cores
+  deepspeed launch/pretrain.py configs/pretrain/simclr_imagenet.yaml data.root=/data/imagenet optimizer.lr=0.3
+  torchrun --nproc-per-node 8 launch/pretrain.py ...              the same under torchrun
+  python launch/pretrain.py ...                                   one process
+
+First a YAML file (optional), then key=value with dots. The same command run again goes on from its last checkpoint.
+SIGTERM or SIGUSR1 to a rank saves a checkpoint at the next step and exits with code 75; a mistake exits with code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fasttrain import checkpoint, cli, distributed, engine, export, plots
+from fasttrain.config import Config
+from fasttrain.data.augment import AugmentConfig, SimCLR
+from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
+from fasttrain.data.loader import Loader, LoaderConfig, make_loader
+from fasttrain.data.order import Order
+from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN
+from fasttrain.models import Encoder, HeadConfig, ModelConfig
+from fasttrain.objectives import NTXentConfig, nt_xent
+from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
+from fasttrain.run import Run, RunConfig, read_metrics
+from fasttrain.step import Term, TrainStep
+
+
+class PretrainConfig(Config):
+    """Every part's own settings; the defaults are a run of minutes on 2 CPU cores."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig(size=32, jitter=0.5, blur=0.0, eval_crop=1.0)
+    loader: LoaderConfig = LoaderConfig()
+    model: ModelConfig = ModelConfig(arch="resnet18", stem="cifar", width=0.25, head=HeadConfig(width=128, out=64))
+    objective: NTXentConfig = NTXentConfig(temperature=0.2)
+    optimizer: OptimizerConfig = OptimizerConfig(name="sgd", lr=0.5, weight_decay=1e-4, warmup_epochs=1)
+    train: engine.TrainConfig = engine.TrainConfig(epochs=20, batch=128)
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def pretrain(config: PretrainConfig) -> int:
+    device = distributed.initialize(config.train.device)
+    run = Run(config.run)
+    torch.manual_seed(config.run.seed)
+    parts = distributed.agree(lambda: build(config, device))
+    run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
+
+    module = TrainStep(parts.encoder, [Term("nt_xent", nt_xent(config.objective.temperature))])
+    optimizer = build_optimizer(config.optimizer, module, config.train.zero_stage, device)
+    trainer = engine.initialize(module, optimizer, config.train)
+    loss_scale = engine.LossScale(trainer) if config.train.precision == "fp16" else None
+
+    state = {"config": config.model_dump(mode="json"), "data": parts.catalogs[0].fingerprint}
+    start = checkpoint.resume(run, trainer, config, state["data"], loss_scale)
+    run.open(config, start, parts.steps)
+
+    def save(step: int) -> None:
+        scale = {"loss_scale": loss_scale.state()} if loss_scale else {}
+        checkpoint.save(run.checkpoints, trainer, step, state | scale, config.run.keep)
+
+    every = max(1, round(config.evaluate.every_epochs * parts.steps_per_epoch))
+    callbacks = [engine.Callback(every, parts.knn)] if config.evaluate.every_epochs else []
+    if callbacks and start == 0:
+        run.report(0, parts.knn(0))
+    batches = parts.loader.iterate(start * config.train.accumulation)
+    finished = engine.train(
+        trainer, batches, config.train, parts.learning_rate, run, start, parts.steps, parts.steps_per_epoch,
+        save, callbacks, loss_scale,
+    )  # fmt: skip
+    parts.loader.close()
+    if not finished:
+        run.say(f"stopped by a signal; a checkpoint is saved in {run.checkpoints}: the same command goes on from it")
+        return cli.EXIT_SAVED_ON_SIGNAL
+    if distributed.rank() == 0:
+        print(summary(run, export.export(parts.encoder, run.dir, step=parts.steps), plots.curves(run.dir)))
+    return 0
+
+
+class Parts(NamedTuple):
+    catalogs: tuple[Catalog, ...]
+    loader: Loader
+    encoder: Encoder
+    knn: OnlineKNN
+    learning_rate: Callable[[int], float]
+    steps_per_epoch: int
+    steps: int
+
+
+def build(config: PretrainConfig, device: torch.device) -> Parts:
+    """Everything that can be wrong about the configuration or the data is found here, before a process is waited for."""
+    rank, world = distributed.rank(), distributed.world_size()
+    catalogs = (open_catalog(config.data, "train"), open_catalog(config.data, "val"))
+    order = Order(
+        catalogs[0].indices, config.run.seed, config.train.micro_batch(world) * world, config.train.accumulation
+    )
+    steps_per_epoch = len(order) // config.train.accumulation
+    steps = config.train.steps or config.train.epochs * steps_per_epoch
+    warmup = round(config.optimizer.warmup_epochs * steps_per_epoch)
+    learning_rate = schedule(config.optimizer.peak(config.train.batch), warmup, steps)
+    encoder = Encoder(config.model).to(device)
+    augment = SimCLR(config.augment, config.run.seed)
+    return Parts(
+        catalogs,
+        make_loader(config.loader, catalogs[0], order, augment, device, rank, world),
+        encoder,
+        OnlineKNN(config.evaluate, catalogs, config.augment, config.loader, encoder, device),
+        learning_rate,
+        steps_per_epoch,
+        steps,
+    )
+
+
+def summary(run: Run, weights: Path, picture: Path) -> str:
+    """What a person wants to know at the end."""
+    metrics = read_metrics(run.dir / "metrics.jsonl")
+    rates = sorted(line["images_per_second"] for line in metrics if "images_per_second" in line)
+    knn = [line["knn_top1"] for line in metrics if "knn_top1" in line]
+    lines = ["", f"images per second   {rates[len(rates) // 2]:.1f}"] if rates else [""]
+    if knn:
+        lines.append(f"kNN accuracy        {100 * knn[-1]:.1f} %  trained, {100 * knn[0]:.1f} %  the same encoder untrained")
+    return "\n".join([*lines, f"run                 {run.dir}", f"weights             {weights}", f"picture             {picture}"])
+
+
+if __name__ == "__main__":
+    cli.main(PretrainConfig, pretrain, __doc__)

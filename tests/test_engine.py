@@ -1,0 +1,173 @@
+"""Two ranks equal one, whatever the ZeRO stage; DeepSpeed's dictionary says what ours does."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fasttrain import checkpoint, distributed, engine
+from fasttrain.data import Batch
+from fasttrain.errors import UsageError
+from fasttrain.models import Encoder, HeadConfig, ModelConfig
+from fasttrain.objectives import nt_xent
+from fasttrain.optim import OptimizerConfig, build_optimizer
+from fasttrain.step import Term, TrainStep
+from tests.ranks import run_ranks
+
+STEPS, GLOBAL, SIDE = 3, 8, 16
+
+
+def cross_entropy(encoded, batch):
+    return torch.nn.functional.cross_entropy(encoded.logits, batch.labels.repeat(len(encoded.logits) // len(batch.labels)))
+
+
+class Case(NamedTuple):
+    """One way to take the same optimiser steps."""
+
+    stage: int
+    accumulation: int = 1
+    optimizer: str = "lars"
+    objective: str = "nt_xent"
+    clip: float = 0.0
+    precision: str = "fp32"
+
+
+def build(case: Case):
+    torch.manual_seed(0)
+    config = ModelConfig(arch="resnet18", stem="cifar", width=0.125, head=HeadConfig(width=16, out=8), classes=3)
+    encoder = Encoder(config)
+    objective = nt_xent(0.5) if case.objective == "nt_xent" else cross_entropy
+    module = TrainStep(encoder, [Term(case.objective, objective)])
+    settings = OptimizerConfig(name=case.optimizer, lr=0.1, lr_scaling="none", trust_coefficient=0.01, weight_decay=1e-2)
+    optimizer = build_optimizer(settings, module, case.stage, torch.device("cpu"))
+    train = engine.TrainConfig(
+        batch=GLOBAL, accumulation=case.accumulation, zero_stage=case.stage, clip=case.clip, precision=case.precision
+    )
+    return engine.initialize(module, optimizer, train), train
+
+
+def global_batch(step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.rand(2, GLOBAL, 3, SIDE, SIDE, generator=generator)
+    return Batch(images, torch.randint(0, 3, (GLOBAL,), generator=generator), torch.arange(GLOBAL))
+
+
+def micro_batches(step: int, accumulation: int):
+    """This rank's parts: micro-batches are consecutive in the global order, a rank's part is contiguous in each."""
+    world, rank = distributed.world_size(), distributed.rank()
+    whole, size = global_batch(step), GLOBAL // accumulation
+    for micro in range(accumulation):
+        begin = micro * size + rank * size // world
+        part = slice(begin, begin + size // world)
+        yield Batch(whole.images[:, part], whole.labels[part], whole.index[part])
+
+
+def take_steps(trainer, case: Case, start: int, stop: int) -> None:
+    trainer.train()
+    if case.objective == "cross_entropy":  # BatchNorm sees micro-batches, so only with fixed statistics is the split exact
+        trainer.module.eval()
+    for step in range(start, stop):
+        for batch in micro_batches(step, case.accumulation):
+            loss, _ = trainer(batch)
+            trainer.backward(loss)
+            trainer.step()
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in trainer.module.state_dict().items() if v.is_floating_point()}
+
+
+def trained(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
+    distributed.initialize("cpu")
+    results = []
+    for case in cases:
+        trainer, _ = build(case)
+        take_steps(trainer, case, 0, STEPS)
+        results.append(weights(trainer))
+    return results
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Over all tensors, |a - b| relative to the tensor's scale."""
+    return max(float((a[k] - b[k]).norm() / b[k].norm().clamp_min(1e-3)) for k in b)
+
+
+CASES = [
+    *[Case(stage) for stage in (0, 1, 2)],
+    *[Case(stage, accumulation=2, objective="cross_entropy") for stage in (0, 1, 2)],
+    Case(2, optimizer="adamw"),
+    Case(1, optimizer="sgd", clip=0.05),
+]
+
+
+def test_two_ranks_and_any_stage_take_the_steps_of_one_process():
+    """LARS, AdamW and SGD in fp32: parameters and BatchNorm statistics after 3 steps, to 1e-4 of each tensor's norm."""
+    plain = {c: Case(0, 1, c.optimizer, c.objective, c.clip) for c in CASES}
+    distinct = list(dict.fromkeys(plain.values()))
+    alone = dict(zip(distinct, run_ranks(1, trained, distinct)[0], strict=True))
+    for results in run_ranks(2, trained, CASES):
+        for case, result in zip(CASES, results, strict=True):
+            tolerance = 1e-2 if case.optimizer == "adamw" else 1e-4  # Adam divides rounding errors by a tiny sqrt(v)
+            assert largest_difference(result, alone[plain[case]]) < tolerance, case
+
+
+def interrupted(folder: str, stages: tuple[int, int], optimizer: str, precision: str) -> dict[str, torch.Tensor]:
+    from pathlib import Path
+
+    distributed.initialize("cpu")
+    cases = [Case(stage, optimizer=optimizer, precision=precision) for stage in stages]
+    trainer, _ = build(cases[0])
+    take_steps(trainer, cases[0], 0, 2)
+    checkpoint.save(Path(folder), trainer, 2, {"config": {}}, keep=2)
+    torch.manual_seed(99)
+    again, _ = build(cases[1])
+    path, _ = checkpoint.find(Path(folder))
+    checkpoint.restore(path, again, checkpoint.read_state(path))
+    take_steps(again, cases[1], 2, STEPS)
+    return weights(again)
+
+
+@pytest.mark.parametrize("stages", [(0, 0), (2, 2), (1, 0)])
+def test_a_run_saved_and_loaded_is_the_uninterrupted_one(tmp_path, stages):
+    """Bit for bit at one stage; at another, to rounding."""
+    (_, *_), (whole, *_) = [], trained_in_ranks(Case(stages[1], optimizer="adamw"))
+    for rank in run_ranks(2, interrupted, str(tmp_path), stages, "adamw", "fp32"):
+        if stages[0] == stages[1]:
+            assert all(torch.equal(rank[k], whole[k]) for k in whole)
+        else:
+            assert largest_difference(rank, whole) < 1e-3
+
+
+def trained_in_ranks(case: Case) -> list[dict[str, torch.Tensor]]:
+    return [results[0] for results in run_ranks(2, trained, [case])]
+
+
+def test_settings_follow_from_ours_alone(tmp_path):
+    settings = engine.deepspeed_settings(engine.TrainConfig(batch=64, accumulation=4, zero_stage=1), world=2)
+    assert settings["train_micro_batch_size_per_gpu"] == 8
+    assert settings["gradient_clipping"] == 0.0  # DeepSpeed clips at 1.0 when the key is absent
+    extra = tmp_path / "extra.json"
+    extra.write_text(json.dumps({"zero_optimization": {"overlap_comm": False}}))
+    merged = engine.deepspeed_settings(engine.TrainConfig(zero_stage=2, deepspeed=str(extra)), world=1)
+    assert merged["zero_optimization"] == {"overlap_comm": False, "stage": 2}
+
+
+@pytest.mark.parametrize("extra", [{"gradient_clipping": 1.0}, {"zero_optimization": {"stage": 1}}, {"bf16": {}}])
+def test_a_json_that_repeats_our_numbers_is_refused(tmp_path, extra):
+    path = tmp_path / "extra.json"
+    path.write_text(json.dumps(extra))
+    with pytest.raises(UsageError, match="owns: remove it there"):
+        engine.deepspeed_settings(engine.TrainConfig(deepspeed=str(path)), world=1)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UsageError, match=r"train.batch=10 .* multiple of 4"):
+        engine.TrainConfig(batch=10, accumulation=2).micro_batch(world=2)
+
+
+def test_stage_three_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="double backward"):
+        engine.TrainConfig(zero_stage=3)
