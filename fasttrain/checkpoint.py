@@ -95,15 +95,17 @@ def save(folder: Path, engine, step: int, state: dict[str, Any], keep: int) -> P
             return {file: _seal(partial / file) for file in mine}
         except (OSError, SafetensorError) as error:
             raise UsageError(
-                f"the checkpoint of step {step} cannot be written to {folder} ({error}): free space or mend the folder, "
-                "then run the same command again; the previous checkpoint is untouched"
+                f"the checkpoint of step {step} cannot be written to {folder} ({error}): free space or mend the folder "
+                "and run the same command again; the previous checkpoint is untouched"
             ) from error
 
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     if distributed.world_size() > 1:
         dist.barrier()
-    manifest = {file: seal for part in distributed.all_gather_object(distributed.agree(write)) for file, seal in part.items()}
+    manifest = {
+        file: seal for part in distributed.all_gather_object(distributed.agree(write)) for file, seal in part.items()
+    }
 
     def publish() -> None:
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -146,7 +148,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint at ``path``, or None: its manifest is read and every file's size and hash compared."""
+    """What is wrong with the checkpoint at ``path``, or None: every file's size and hash is compared to the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for file, seal in manifest.items():
@@ -170,7 +172,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     state = json.loads((path / "state.json").read_text())
     if state["format"] != FORMAT:
-        raise UsageError(f"{path} has format {state['format']}, this version reads {FORMAT}: use the version that wrote it")
+        raise UsageError(
+            f"{path} has format {state['format']}, this version reads {FORMAT}: use the version that wrote it"
+        )
     return state
 
 

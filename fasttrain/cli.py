@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fasttrain import distributed
 from fasttrain.config import Config, describe, load, to_yaml
@@ -20,17 +20,27 @@ EXIT_FAILED = 1
 EXIT_SAVED_ON_SIGNAL = 75
 "SIGTERM or SIGUSR1: a checkpoint was saved; the same command goes on from it (EX_TEMPFAIL of sysexits.h)."
 
+EXIT_INTERRUPTED = 130
+"Ctrl-C."
+
 FLAGS = """
   --help           this text, with every key, its default and its meaning
   --print-config   print the resolved configuration as YAML and exit
   --debug          on a mistake, print the traceback too"""
 
 
-def main(schema: type[C], body: Callable[[C], int | None], doc: str) -> None:
+def main(
+    schema: type[C],
+    body: Callable[[C], int | None],
+    doc: str,
+    positional: tuple[str, ...] = (),
+    base: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {},
+) -> None:
     """Run ``body(config)`` and exit: 0, or what ``body`` returns, or one of this module's codes.
 
-    ``sys.argv`` holds an optional YAML path, then ``key=value``; ``--local_rank=N``, which DeepSpeed's launcher adds,
-    is ignored in favour of the environment.
+    ``sys.argv`` holds values of the ``positional`` keys, then an optional YAML path, then ``key=value``.
+    ``--local_rank=N``, which DeepSpeed's launcher adds, is ignored in favour of the environment. ``base`` is
+    :func:`fasttrain.config.load`'s.
     """
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     flags = {a for a in arguments if a in ("--help", "-h", "--print-config", "--debug")}
@@ -38,20 +48,27 @@ def main(schema: type[C], body: Callable[[C], int | None], doc: str) -> None:
     if flags & {"--help", "-h"}:
         print("\n".join([doc.strip(), FLAGS, "", "keys:", *describe(schema)]))
         sys.exit(0)
-    sys.exit(_run(schema, body, arguments, "--print-config" in flags, "--debug" in flags))
+    for key in positional:
+        if arguments and "=" not in arguments[0]:
+            arguments.append(f"{key}={arguments.pop(0)}")
 
-
-def _run(schema: type[C], body: Callable[[C], int | None], arguments: list[str], show: bool, debug: bool) -> int:
-    try:
+    def run() -> int:
         try:
-            config = load(schema, arguments)
+            config = load(schema, arguments, base)
         except UsageError as error:  # every rank was given the same arguments
             raise UsageError(str(error), everywhere=True) from error
-        if show:
-            if distributed.rank() == 0:
-                print(to_yaml(config), end="")
-            return 0
-        return body(config) or 0
+        if "--print-config" not in flags:
+            return body(config) or 0
+        if distributed.rank() == 0:
+            print(to_yaml(config), end="")
+        return 0
+
+    sys.exit(_exit_code(run, debug="--debug" in flags))
+
+
+def _exit_code(run: Callable[[], int], debug: bool) -> int:
+    try:
+        return run()
     except UsageError as error:
         if debug:
             traceback.print_exc()
@@ -62,6 +79,6 @@ def _run(schema: type[C], body: Callable[[C], int | None], arguments: list[str],
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         print("interrupted: the last checkpoint stands; the same command goes on from it", file=sys.stderr, flush=True)
-        return 130
+        return EXIT_INTERRUPTED
     finally:
         distributed.finalize()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +23,16 @@ C = TypeVar("C", bound="Config")
 class Config(pydantic.BaseModel):
     """Base of every settings object: frozen, unknown keys forbidden, defaults validated like given values."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )
 
 
-def load(schema: type[C], arguments: list[str]) -> C:
+def load(schema: type[C], arguments: list[str], base: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {}) -> C:
     """Resolve ``[file.yaml] key=value ...`` into a validated ``schema``.
+
+    Args:
+        base: from what was given, values that stand where nothing was (those of the run to evaluate, say).
 
     Raises:
         UsageError: unreadable file, unknown key (names the nearest one), wrong type or value out of range.
@@ -40,7 +46,7 @@ def load(schema: type[C], arguments: list[str]) -> C:
             values = _read_yaml(Path(argument))
         else:
             raise UsageError(f"argument '{argument}' is neither the first (a YAML file) nor of the form key=value")
-    return resolve(schema, values)
+    return resolve(schema, _merged(base(values), values))
 
 
 def resolve(schema: type[C], values: dict[str, Any]) -> C:
@@ -89,6 +95,15 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(below[key], above[key]) for key in above if _nested(below.get(key)) and _nested(above[key])}
+    return below | above | both
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
@@ -131,7 +146,11 @@ def _explain(schema: type[Config], mistake: Any) -> str:
 def _nearest(schema: type[Config], path: list[str]) -> str:
     keys = sorted(line.split()[0] for line in describe(schema))
     wanted = ".".join(path)
-    siblings = {key.rsplit(".", 1)[-1]: key for key in keys if key.rsplit(".", 1)[:-1] == [".".join(path[:-1])] or len(path) == 1}
+    siblings = {
+        key.rsplit(".", 1)[-1]: key
+        for key in keys
+        if key.rsplit(".", 1)[:-1] == [".".join(path[:-1])] or len(path) == 1
+    }
     near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
     found = [siblings[near[0]]] if near else difflib.get_close_matches(wanted, keys, n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else "; --help lists the keys"

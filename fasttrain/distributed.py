@@ -22,20 +22,22 @@ Device = Literal["auto", "cpu", "cuda"]
 def initialize(device: Device = "auto", timeout: timedelta = timedelta(minutes=30)) -> torch.device:
     """Join the process group through DeepSpeed and return this rank's device; seed nothing.
 
-    Under ``deepspeed`` or ``torchrun`` the launcher's environment says who we are; a plain ``python`` is a world of one.
+    Under ``deepspeed`` or ``torchrun`` the launcher's environment says who we are; plain ``python`` is a world of one.
     The backend is NCCL on GPUs and gloo on CPUs.
 
     Raises:
         UsageError: ``device`` is "cuda" and there is none, or there are fewer GPUs than ranks on this machine.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device=cuda, but PyTorch sees no GPU here: use train.device=auto or cpu", everywhere=True)
+        raise UsageError(
+            "train.device=cuda, but PyTorch sees no GPU here: use train.device=auto or cpu", everywhere=True
+        )
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda and local_rank() >= torch.cuda.device_count():
         raise UsageError(
-            f"local rank {local_rank()} has no GPU: {torch.cuda.device_count()} visible; start at most one process a GPU"
+            f"local rank {local_rank()} has no GPU ({torch.cuda.device_count()} visible): start at most one process a GPU"
         )
     if cuda:
         torch.cuda.set_device(local_rank())
@@ -87,7 +89,7 @@ def local_rank() -> int:
 def agree(work: Callable[[], T]) -> T:
     """Run ``work`` on every rank; where any rank raises :class:`UsageError`, all ranks raise it.
 
-    Without this, a mistake that only one rank meets (an unwritable disk, say) leaves the others waiting in a collective.
+    Without this, a mistake that only one rank meets (an unwritable disk, say) leaves the others in a collective.
     """
     result, complaint = None, None
     try:
@@ -122,7 +124,7 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Stack every rank's ``x`` along a new first dimension: ``[...] -> [world, ...]``; any order of derivative is right.
+    """Stack every rank's ``x`` along a new first dimension, ``[...] -> [world, ...]``; any order of derivative is right.
 
     Its adjoint sums the ranks' gradients and keeps this rank's slice (a reduce-scatter), whose adjoint is this gather
     again. The usual gather, with a plain all-reduce in its backward, loses the graph there: its second-order gradients

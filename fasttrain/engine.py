@@ -65,7 +65,7 @@ class TrainConfig(Config):
         if stage == 3:
             raise ValueError(
                 "zero_stage=3 is refused: double backward through its partitioned weights fails "
-                "(\"expected stride to be a single integer\"); use 0, 1 or 2"
+                '("expected stride to be a single integer"); use 0, 1 or 2'
             )
         if stage not in (0, 1, 2):
             raise ValueError(f"zero_stage={stage} does not exist; use 0, 1 or 2")
@@ -76,7 +76,7 @@ class TrainConfig(Config):
         share, rest = divmod(self.batch, world * self.accumulation)
         if rest or not share:
             raise UsageError(
-                f"train.batch={self.batch} does not divide over {world} ranks x train.accumulation={self.accumulation}: "
+                f"train.batch={self.batch} does not divide by {world} ranks x train.accumulation={self.accumulation}: "
                 f"make it a multiple of {world * self.accumulation}"
             )
         return share
@@ -95,7 +95,9 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise UsageError(f"train.deepspeed={config.deepspeed} cannot be read as JSON: {error}") from None
         for key in sorted(extra.keys() & OWNED.keys()):
-            raise UsageError(f"train.deepspeed={config.deepspeed} sets '{key}', which {OWNED[key]} owns: remove it there")
+            raise UsageError(
+                f"train.deepspeed={config.deepspeed} sets '{key}', which {OWNED[key]} owns: remove it there"
+            )
         if "stage" in extra.get("zero_optimization", {}):
             raise UsageError(
                 f"train.deepspeed={config.deepspeed} sets 'zero_optimization.stage', which train.zero_stage owns: "
@@ -111,15 +113,19 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {**extra.get("zero_optimization", {}), "stage": config.zero_stage},
-        "torch_autocast": {"enabled": dtype is not None, "dtype": dtype or "bfloat16", "lower_precision_safe_modules": []},
+        "torch_autocast": {
+            "enabled": dtype is not None,
+            "dtype": dtype or "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
     }
 
 
 def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig):
     """Wrap ``module`` (a :class:`~fasttrain.step.TrainStep`) in a DeepSpeed engine; rank 0's weights reach all ranks.
 
-    Weights become channels-last at stage 0, after DeepSpeed's broadcast, which refuses them so. ZeRO 1 and 2 lay them out
-    in flat buffers of their own; there only the activations are channels-last.
+    Weights become channels-last at stage 0, after DeepSpeed's broadcast, which refuses them so. ZeRO 1 and 2 keep them
+    in flat buffers; there only the activations are channels-last.
     """
     import deepspeed
 
@@ -196,13 +202,26 @@ class LossScale:
         )
 
 
-class StopRequest:
-    """Remembers SIGTERM and SIGUSR1 until the next step boundary."""
+class Span(NamedTuple):
+    """Steps ``start`` to ``stop`` (not included), and the learning rate of each."""
 
-    def __init__(self) -> None:
+    start: int
+    stop: int
+    steps_per_epoch: int
+    learning_rate: Callable[[int], float]
+
+
+class StopRequest:
+    """Within it, SIGTERM and SIGUSR1 are remembered until the next step boundary."""
+
+    def __enter__(self) -> StopRequest:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.received = True
@@ -212,59 +231,57 @@ def train(
     engine,
     batches: Iterator[Batch],
     config: TrainConfig,
-    learning_rate: Callable[[int], float],
+    span: Span,
     run: Run,
-    start: int,
-    total: int,
-    steps_per_epoch: int,
     save: Callable[[int], None],
-    callbacks: Sequence[Callback] = (),
+    evaluations: Sequence[Callback] = (),
     loss_scale: LossScale | None = None,
 ) -> bool:
-    """Steps ``start`` to ``total``; True when the last was done, False when a signal ended it early (a checkpoint is saved).
+    """Take the steps of ``span``; True when the last was done, False when a signal ended it early (and it is saved).
 
     Raises:
         UsageError: the loss is not finite; on all ranks together, before the weights are touched.
     """
-    stop, meter = StopRequest(), Meter(config.batch)
+    meter = Meter(config.batch)
     engine.train()
-    for step in range(start, total):
-        meter.steps += 1
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        losses, values, seen = [], {}, []
-        for _ in range(config.accumulation):
-            with meter.waiting():
-                batch = next(batches)
-            loss, values = engine(batch)
-            losses.append(loss.detach())
-            seen.append(batch.index)
-            if len(losses) == config.accumulation:
-                verdict = Verdict(losses, stop.received)
-            engine.backward(loss)
-            if len(losses) == config.accumulation and not verdict.finite:
-                raise not_finite(run, step, engine, seen, losses, verdict)
-            engine.step()
-        if loss_scale is not None:
-            loss_scale.update()
+    with StopRequest() as stop:
+        for step in range(span.start, span.stop):
+            done, last = step + 1, step + 1 == span.stop
+            for group in engine.optimizer.param_groups:
+                group["lr"] = span.learning_rate(step)
 
-        done = step + 1
-        run.progress(done)
-        if done % run.config.log_every == 0 or done == total:
-            rates = meter.read()
-            terms = {f"loss/{name}": float(value) for name, value in values.items()} if len(values) > 1 else {}
-            scale = {"loss_scale": loss_scale.scale} if loss_scale is not None else {}
-            epoch = round(done / steps_per_epoch, 3)
-            run.report(done, {"epoch": epoch, "loss": verdict.loss, **terms, "lr": learning_rate(step), **scale, **rates})
-        for callback in callbacks:
-            if done % callback.every == 0 or done == total:
+            seen, losses = [], []
+            for micro in range(config.accumulation):
+                with meter.waiting():
+                    batch = next(batches)
+                loss, terms = engine(batch)
+                seen.append(batch.index)
+                losses.append(loss.detach())
+                if micro + 1 == config.accumulation:
+                    verdict = Verdict(losses, stop.received)
+                engine.backward(loss)
+                if micro + 1 == config.accumulation and not verdict.finite:
+                    raise not_finite(run, step, engine, seen, losses, verdict)
+                engine.step()
+            if loss_scale is not None:
+                loss_scale.update()
+            meter.steps += 1
+
+            run.progress(done)
+            if done % run.config.log_every == 0 or last:
+                values = {"epoch": round(done / span.steps_per_epoch, 3), "loss": verdict.loss}
+                values |= {f"loss/{name}": float(value) for name, value in terms.items() if len(terms) > 1}
+                values |= {"loss_scale": loss_scale.scale} if loss_scale is not None else {}
+                run.report(done, values | {"lr": span.learning_rate(step)} | meter.read())
+            for evaluation in evaluations:
+                if done % evaluation.every == 0 or last:
+                    with meter.paused():
+                        run.report(done, evaluation.function(done))
+            if done % run.config.save_every == 0 or last or verdict.stop:
                 with meter.paused():
-                    run.report(done, callback.function(done))
-        if done % run.config.save_every == 0 or done == total or verdict.stop:
-            with meter.paused():
-                save(done)
-        if verdict.stop and done < total:
-            return False
+                    save(done)
+            if verdict.stop and not last:
+                return False
     return True
 
 
@@ -351,7 +368,7 @@ def not_finite(run: Run, step: int, engine, seen: list[Tensor], losses: list[Ten
     if distributed.world_size() > 1:
         dist.barrier()
     return UsageError(
-        f"the loss of step {step} is {verdict.loss}: training stopped before the update; its weights and sample indices "
+        f"the loss of step {step} is {verdict.loss}: training stopped before the update; weights and sample indices "
         f"are in {folder}; lower optimizer.lr, lengthen optimizer.warmup_epochs or use train.precision=fp32",
         everywhere=True,
     )

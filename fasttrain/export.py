@@ -21,7 +21,7 @@ WEIGHTS, CARD = "encoder.safetensors", "encoder.json"
 
 
 def export(encoder: Encoder, folder: Path, **facts: Any) -> Path:
-    """Write ``encoder.safetensors`` (backbone weights, torchvision's keys, no ``fc``) and ``encoder.json`` (what it is).
+    """Write ``encoder.safetensors`` (the backbone, torchvision's keys, no ``fc``) and ``encoder.json`` (what it is).
 
     With ``model.fc = torch.nn.Identity()`` (and, of a CIFAR stem, ``conv1`` and ``maxpool`` replaced) the weights load
     strictly into torchvision's ResNet. ``facts`` go into the card as they are.
@@ -54,7 +54,9 @@ def load_encoder(source: str, model: ModelConfig | None = None) -> Encoder:
     weights, found = _read_run(path) if path.is_dir() else _read_file(path)
     model = found or model
     if model is None:
-        raise UsageError(f"'{source}' has no {CARD} beside it: say what it is with model.arch=… (and model.stem, model.width)")
+        raise UsageError(
+            f"'{source}' has no {CARD} beside it: say what it is with model.arch=… (and model.stem, model.width)"
+        )
     encoder = Encoder(model.model_copy(update={"head": HeadConfig(layers=0), "classes": 0}))
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}

@@ -51,7 +51,7 @@ def schedule(peak: float, warmup: int, total: int) -> Callable[[int], float]:
     """Learning rate of step t = 0, 1, ...: ``peak (t+1)/W`` for t < W, then ``peak/2 (1 + cos(pi (t-W)/(T-W)))``."""
     if warmup >= total > 0:
         raise UsageError(
-            f"optimizer.warmup_epochs gives {warmup} steps of warm-up in a run of {total}: lower it, or train for longer"
+            f"optimizer.warmup_epochs gives {warmup} steps of warm-up in a run of {total}: lower it, or train longer"
         )
 
     def learning_rate(step: int) -> float:

@@ -20,7 +20,9 @@ def curves(run_dir: Path) -> Path:
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 3.2), layout="constrained")
     for axis, (key, title) in zip(axes, PANELS, strict=True):
         points = [(line["step"], line[key]) for line in metrics if key in line]
-        axis.plot(*(zip(*points, strict=True) if points else ((), ())), marker="o" if len(points) < 40 else None, markersize=3)
+        axis.plot(
+            *(zip(*points, strict=True) if points else ((), ())), marker="o" if len(points) < 40 else None, markersize=3
+        )
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     figure.savefig(run_dir / "curves.png", dpi=120)

@@ -80,7 +80,7 @@ class Run:
         self._lock.flush()
 
     def open(self, config: Config, start: int, total: int) -> None:
-        """Begin to report at step ``start`` of ``total``; what an interrupted run reported beyond ``start`` is dropped."""
+        """Begin to report at step ``start`` of ``total``; what was reported beyond ``start`` is dropped."""
         if distributed.rank() != 0:
             return
         (self.dir / "config.yaml").write_text(to_yaml(config))
@@ -124,7 +124,10 @@ class Run:
             tqdm.write(line, file=sys.stderr)
             sys.stderr.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
         """Flush the reports and let go of the folder."""
         for writer in (self._bar, self._tensorboard, self._metrics, self._lock):
             if writer is not None:

@@ -1,9 +1,9 @@
 """Pretrain an encoder by SimCLR.
 
-  deepspeed launch/pretrain.py                                    the embedded data set, a small ResNet, minutes on 2 cores
+  deepspeed launch/pretrain.py                                the embedded data set, a small ResNet: minutes on 2 cores
   deepspeed launch/pretrain.py configs/pretrain/simclr_imagenet.yaml data.root=/data/imagenet optimizer.lr=0.3
-  torchrun --nproc-per-node 8 launch/pretrain.py ...              the same under torchrun
-  python launch/pretrain.py ...                                   one process
+  torchrun --nproc-per-node 8 launch/pretrain.py ...          the same under torchrun
+  python launch/pretrain.py ...                               one process
 
 First a YAML file (optional), then key=value with dots. The same command run again goes on from its last checkpoint.
 SIGTERM or SIGUSR1 to a rank saves a checkpoint at the next step and exits with code 75; a mistake exits with code 2.
@@ -47,39 +47,40 @@ class PretrainConfig(Config):
 
 def pretrain(config: PretrainConfig) -> int:
     device = distributed.initialize(config.train.device)
-    run = Run(config.run)
     torch.manual_seed(config.run.seed)
-    parts = distributed.agree(lambda: build(config, device))
-    run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
+    with Run(config.run) as run:
+        parts = distributed.agree(lambda: build(config, device))
+        run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
 
-    module = TrainStep(parts.encoder, [Term("nt_xent", nt_xent(config.objective.temperature))])
-    optimizer = build_optimizer(config.optimizer, module, config.train.zero_stage, device)
-    trainer = engine.initialize(module, optimizer, config.train)
-    loss_scale = engine.LossScale(trainer) if config.train.precision == "fp16" else None
+        module = TrainStep(parts.encoder, [Term("nt_xent", nt_xent(config.objective.temperature))])
+        optimizer = build_optimizer(config.optimizer, module, config.train.zero_stage, device)
+        trainer = engine.initialize(module, optimizer, config.train)
+        loss_scale = engine.LossScale(trainer) if config.train.precision == "fp16" else None
 
-    state = {"config": config.model_dump(mode="json"), "data": parts.catalogs[0].fingerprint}
-    start = checkpoint.resume(run, trainer, config, state["data"], loss_scale)
-    run.open(config, start, parts.steps)
+        state = {"config": config.model_dump(mode="json"), "data": parts.catalogs[0].fingerprint}
+        start = checkpoint.resume(run, trainer, config, state["data"], loss_scale)
+        run.open(config, start, parts.steps)
 
-    def save(step: int) -> None:
-        scale = {"loss_scale": loss_scale.state()} if loss_scale else {}
-        checkpoint.save(run.checkpoints, trainer, step, state | scale, config.run.keep)
+        def save(step: int) -> None:
+            scale = {"loss_scale": loss_scale.state()} if loss_scale else {}
+            checkpoint.save(run.checkpoints, trainer, step, state | scale, config.run.keep)
 
-    every = max(1, round(config.evaluate.every_epochs * parts.steps_per_epoch))
-    callbacks = [engine.Callback(every, parts.knn)] if config.evaluate.every_epochs else []
-    if callbacks and start == 0:
-        run.report(0, parts.knn(0))
-    batches = parts.loader.iterate(start * config.train.accumulation)
-    finished = engine.train(
-        trainer, batches, config.train, parts.learning_rate, run, start, parts.steps, parts.steps_per_epoch,
-        save, callbacks, loss_scale,
-    )  # fmt: skip
-    parts.loader.close()
-    if not finished:
-        run.say(f"stopped by a signal; a checkpoint is saved in {run.checkpoints}: the same command goes on from it")
-        return cli.EXIT_SAVED_ON_SIGNAL
-    if distributed.rank() == 0:
-        print(summary(run, export.export(parts.encoder, run.dir, step=parts.steps), plots.curves(run.dir)))
+        evaluations = []
+        if config.evaluate.every_epochs:
+            every = max(1, round(config.evaluate.every_epochs * parts.steps_per_epoch))
+            evaluations = [engine.Callback(every, parts.knn)]
+            if start == 0:
+                run.report(0, parts.knn(0))
+
+        schedule = engine.Span(start, parts.steps, parts.steps_per_epoch, parts.learning_rate)
+        batches = parts.loader.iterate(start * config.train.accumulation)
+        finished = engine.train(trainer, batches, config.train, schedule, run, save, evaluations, loss_scale)
+        parts.loader.close()
+        if not finished:
+            run.say(f"stopped by a signal; saved in {run.checkpoints}: the same command goes on from there")
+            return cli.EXIT_SAVED_ON_SIGNAL
+        if distributed.rank() == 0:
+            print(summary(run, export.export(parts.encoder, run.dir, step=parts.steps), plots.curves(run.dir)))
     return 0
 
 
@@ -94,7 +95,7 @@ class Parts(NamedTuple):
 
 
 def build(config: PretrainConfig, device: torch.device) -> Parts:
-    """Everything that can be wrong about the configuration or the data is found here, before a process is waited for."""
+    """All that can be wrong about the configuration or the data is found here, before ranks wait for each other."""
     rank, world = distributed.rank(), distributed.world_size()
     catalogs = (open_catalog(config.data, "train"), open_catalog(config.data, "val"))
     order = Order(
@@ -122,10 +123,14 @@ def summary(run: Run, weights: Path, picture: Path) -> str:
     metrics = read_metrics(run.dir / "metrics.jsonl")
     rates = sorted(line["images_per_second"] for line in metrics if "images_per_second" in line)
     knn = [line["knn_top1"] for line in metrics if "knn_top1" in line]
-    lines = ["", f"images per second   {rates[len(rates) // 2]:.1f}"] if rates else [""]
+    lines = {"run": run.dir, "weights": weights, "picture": picture}
     if knn:
-        lines.append(f"kNN accuracy        {100 * knn[-1]:.1f} %  trained, {100 * knn[0]:.1f} %  the same encoder untrained")
-    return "\n".join([*lines, f"run                 {run.dir}", f"weights             {weights}", f"picture             {picture}"])
+        lines = {
+            "kNN accuracy": f"{100 * knn[-1]:.1f} % trained, {100 * knn[0]:.1f} % the same encoder untrained"
+        } | lines
+    if rates:
+        lines = {"images per second": f"{rates[len(rates) // 2]:.1f}"} | lines
+    return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())
 
 
 if __name__ == "__main__":

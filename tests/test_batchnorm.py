@@ -130,7 +130,7 @@ def test_memory_layout_is_kept(ranks) -> None:
 def _close_to_half_precision(values: list[Tensor]) -> None:
     half, exact = values[:5], values[5:]
     assert [v.dtype for v in half] == [torch.bfloat16] * 3 + [torch.float32] * 2
-    for ours, expected, tolerance in zip(half, exact, [4e-3, 0.02, 0.02, 1e-6, 1e-5], strict=True):
+    for ours, expected, tolerance in zip(half, exact, [4e-3, 0.01, 0.05, 1e-6, 1e-5], strict=True):
         assert (ours.double() - expected).abs().max() < tolerance * expected.abs().max()
 
 

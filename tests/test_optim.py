@@ -29,7 +29,9 @@ def test_peak_learning_rate_scales_with_the_global_batch(scaling, peak):
 
 def test_lars_equals_its_equations_in_a_loop():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 3, bias=False)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 3, bias=False)
+    ).double()
     config = OptimizerConfig(name="lars", lr=0.3, weight_decay=0.1, momentum=0.8, trust_coefficient=0.02)
     optimizer = build_optimizer(config, model, zero_stage=0, device=torch.device("cpu"))
     weights = [p.detach().clone() for p in model.parameters()]

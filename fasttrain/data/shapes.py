@@ -109,9 +109,9 @@ def ensure(cache: Path) -> Path:
     return folder
 
 
-def write(folder: Path, counts: dict[str, int] = COUNTS) -> None:
-    """Write ``counts[split]`` images of every class as ``folder/split/class/0000.jpg``."""
-    for split, count in counts.items():
+def write(folder: Path) -> None:
+    """Write ``COUNTS[split]`` images of every class as ``folder/split/class/0000.jpg``."""
+    for split, count in COUNTS.items():
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True)
             for number in range(count):

@@ -59,7 +59,7 @@ def verify(catalog: Catalog, cache: Path, workers: int | None = None) -> str:
     path = manifest.save(found, catalog.root, cache)
     rate = len(sizes) / (time.perf_counter() - began)
     verified = catalog.without({index: reason for index, _, reason in excluded})
-    return f"{verified.summary()}\n  manifest: {path} ({rate:,.0f} images/s)"
+    return f"{verified.summary(most=50)}\n  manifest: {path} ({rate:,.0f} images/s)"
 
 
 def inspect(path: str) -> tuple[int, int] | str:
@@ -114,9 +114,7 @@ def _map(function: Callable[[S], T], items: Iterable[S], workers: int | None) ->
     try:
         yield from pool.map(function, items)
     except BrokenProcessPool:
-        raise UsageError(
-            "a decoding process was killed, perhaps for want of memory: lower workers"
-        ) from None
+        raise UsageError("a decoding process was killed, perhaps for want of memory: lower workers") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

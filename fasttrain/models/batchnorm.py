@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -14,18 +12,25 @@ from torch.autograd.function import once_differentiable
 
 from fasttrain.distributed import all_gather, all_reduce
 
-_local = threading.local()
+
+class _Frozen(threading.local):
+    depth = 0
 
 
-@contextmanager
-def frozen_statistics() -> Iterator[None]:
-    """Within it, no BatchNorm of this module updates its running statistics; what it computes stays the same."""
-    before = getattr(_local, "frozen", False)
-    _local.frozen = True
-    try:
-        yield
-    finally:
-        _local.frozen = before
+_frozen = _Frozen()
+
+
+class frozen_statistics:
+    """``with frozen_statistics():`` no BatchNorm here updates its running statistics; what it computes is unchanged.
+
+    May be nested and entered again, as activation checkpointing does at each pass of a double backward.
+    """
+
+    def __enter__(self) -> None:
+        _frozen.depth += 1
+
+    def __exit__(self, *_) -> None:
+        _frozen.depth -= 1
 
 
 class _CrossRank:
@@ -40,7 +45,7 @@ class _CrossRank:
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         use_batch = self.training or self.running_mean is None
-        update = self.training and self.running_mean is not None and not getattr(_local, "frozen", False)
+        update = self.training and self.running_mean is not None and not _frozen.depth
         momentum = self.momentum or 0.0
         if update:
             self.num_batches_tracked.add_(1)
@@ -53,7 +58,9 @@ class _CrossRank:
                 unbiased = var * (count / (count - 1).clamp(min=1))
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
             return y
-        running = (self.running_mean, self.running_var) if update or not use_batch else (None, None)
+        running = self.running_mean, self.running_var
+        if use_batch and not update and self.running_mean is not None:
+            running = self.running_mean.clone(), self.running_var.clone()  # to be written to and thrown away
         return F.batch_norm(x, *running, self.weight, self.bias, use_batch, momentum, self.eps)
 
 

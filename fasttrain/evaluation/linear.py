@@ -1,0 +1,138 @@
+"""The linear probe: multinomial logistic regression on frozen features, by full-batch L-BFGS over all ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasttrain.config import Config
+from fasttrain.distributed import all_reduce
+from fasttrain.errors import UsageError
+from fasttrain.evaluation.accuracy import count_classes, hits
+from fasttrain.evaluation.features import Features
+
+ROWS = 65536  # rows whose logits are held at a time
+
+
+class LinearConfig(Config):
+    l2: tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...] = pydantic.Field(
+        default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), min_length=1
+    )
+    """Weight decays to choose from, on features of unit variance; the choice is made on held-out training images."""
+    held_out: float = pydantic.Field(default=0.1, gt=0, lt=1)
+    """Share of the training images that the choice of l2 is made on; the last fit uses them too."""
+    iterations: int = pydantic.Field(default=200, ge=1)
+    """L-BFGS iterations a fit at most."""
+
+
+class LinearAccuracy(NamedTuple):
+    """Shares in [0, 1]; ``held_out`` has the held-out top-1 of each l2."""
+
+    train_top1: float
+    train_top5: float
+    val_top1: float
+    val_top5: float
+    l2: float
+    held_out: dict[float, float]
+
+
+@torch.no_grad()
+def linear_probe(train: Features, val: Features, config: LinearConfig | None = None) -> LinearAccuracy:
+    """Accuracy of a linear classifier fitted to ``train``, features standardised by its mean and deviation.
+
+    Each rank keeps its own samples; what is summed over the ranks is the loss and its gradient, so the fit is that of
+    the whole set whatever the number of ranks. Which images are held out depends on their index alone.
+
+    Raises:
+        UsageError: no training or validation sample, or none left on one side of the held-out split.
+    """
+    config = config or LinearConfig()
+    for name, part in (("training", train), ("validation", val)):
+        if not _total(part.labels):
+            raise UsageError(f"the linear probe has 0 {name} images: give a data set with a {name} split")
+    classes = count_classes(train.labels, val.labels)
+    train, val = _standardise(train, val)
+
+    choice: dict[float, float] = {}
+    if len(config.l2) > 1:
+        fitting, choosing = _split(train, config.held_out)
+        weight, bias = _zeros(train, classes)
+        for l2 in sorted(config.l2, reverse=True):  # each fit starts from the one more strongly decayed
+            weight, bias = fit(fitting, weight, bias, l2, config.iterations)
+            choice[l2] = _accuracy(choosing, weight, bias)[0]
+    l2 = max(choice, key=choice.__getitem__) if choice else config.l2[0]
+    weight, bias = fit(train, *_zeros(train, classes), l2, config.iterations)
+    return LinearAccuracy(*_accuracy(train, weight, bias), *_accuracy(val, weight, bias), l2, choice)
+
+
+def fit(samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """Minimise mean cross-entropy(W x + b) + l2/2 ‖W‖² over all ranks' samples, from W [C, F] and b [C]."""
+    weight, bias = (start.clone().requires_grad_() for start in (weight, bias))
+    count = _total(samples.labels)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    @torch.no_grad()
+    def closure() -> Tensor:
+        loss, weight.grad, bias.grad = torch.zeros_like(bias[0]), torch.zeros_like(weight), torch.zeros_like(bias)
+        for x, labels in zip(samples.features.split(ROWS), samples.labels.split(ROWS), strict=True):
+            log_probability = F.log_softmax(F.linear(x, weight, bias), 1)
+            loss += F.nll_loss(log_probability, labels, reduction="sum")
+            error = log_probability.exp_()
+            error[torch.arange(len(labels), device=labels.device), labels] -= 1
+            weight.grad += error.T @ x
+            bias.grad += error.sum(0)
+        # one buffer for all three: every rank then takes the same steps
+        sums = all_reduce(torch.cat([loss[None], bias.grad, weight.grad.flatten()])) / count
+        bias.grad, weight.grad = sums[1 : 1 + len(bias)], sums[1 + len(bias) :].view_as(weight) + l2 * weight
+        return sums[0] + 0.5 * l2 * weight.square().sum()
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def _standardise(train: Features, val: Features) -> tuple[Features, Features]:
+    count = _total(train.labels)
+    mean = all_reduce(train.features.sum(0)) / count
+    deviation = (all_reduce((train.features - mean).square().sum(0)) / count).sqrt()
+    deviation = deviation.masked_fill(deviation == 0, 1)  # a constant feature says nothing: it becomes 0
+    return tuple(part._replace(features=(part.features - mean) / deviation) for part in (train, val))
+
+
+def _split(samples: Features, share: float) -> tuple[Features, Features]:
+    """Samples to fit on and to choose on, by a hash of the index that spreads neighbours (of a class, often) evenly."""
+    held = (samples.index * 2654435761) % 2**32 < share * 2**32
+    parts = tuple(Features(*(member[mask] for member in samples)) for mask in (~held, held))
+    if not all(_total(part.labels) for part in parts):
+        raise UsageError(
+            f"held_out={share} of {_total(samples.labels)} training images leaves one side empty: set one l2"
+        )
+    return parts
+
+
+def _accuracy(samples: Features, weight: Tensor, bias: Tensor) -> tuple[float, float]:
+    correct = torch.zeros(2, dtype=torch.int64, device=bias.device)
+    for x, labels in zip(samples.features.split(ROWS), samples.labels.split(ROWS), strict=True):
+        correct += hits(F.linear(x, weight, bias), labels)
+    top1, top5 = (all_reduce(correct) / _total(samples.labels)).tolist()
+    return top1, top5
+
+
+def _zeros(samples: Features, classes: int) -> tuple[Tensor, Tensor]:
+    weight = samples.features.new_zeros(classes, samples.features.shape[1])
+    return weight, weight.new_zeros(classes)
+
+
+def _total(labels: Tensor) -> int:
+    return int(all_reduce(torch.tensor(len(labels), device=labels.device)))

@@ -1,0 +1,79 @@
+"""kNN accuracy while training, on a labelled train/val pair."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from fasttrain import distributed
+from fasttrain.config import Config
+from fasttrain.data.augment import AugmentConfig, CentreCrop
+from fasttrain.data.catalog import Catalog
+from fasttrain.data.loader import LoaderConfig, make_loader
+from fasttrain.data.order import Order
+from fasttrain.evaluation.features import Features, extract
+from fasttrain.evaluation.knn import KNNConfig, knn
+from fasttrain.models import Encoder
+
+
+class EvaluateConfig(Config):
+    every_epochs: float = Field(5, ge=0)
+    "epochs between two evaluations (and before the first step and after the last); 0: never"
+    batch: int = Field(256, ge=1)
+    "images each rank encodes at a time"
+    bank: int | None = Field(None, ge=1)
+    "training images in the bank, evenly spaced over the listing; null: all"
+    knn: KNNConfig = KNNConfig()
+
+
+class OnlineKNN:
+    """``(step) -> {"knn_top1": …}`` of the encoder as it stands; a callback for the training loop, run by all ranks."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        catalogs: tuple[Catalog, Catalog],
+        augment: AugmentConfig,
+        loader: LoaderConfig,
+        encoder: Encoder,
+        device: torch.device,
+    ) -> None:
+        self.config, self.catalogs, self.augment, self.loader = config, catalogs, augment, loader
+        self.encoder, self.device = encoder, device
+
+    def __call__(self, step: int) -> dict[str, float]:
+        train, val = self.catalogs
+        bank = self.features(train, thin(train.indices, self.config.bank))
+        return {"knn_top1": knn(bank, self.features(val, val.indices), self.config.knn).top1}
+
+    def features(self, catalog: Catalog, indices: np.ndarray) -> Features:
+        return catalog_features(
+            self.encoder, catalog, indices, self.config.batch, self.augment, self.loader, self.device
+        )
+
+
+def catalog_features(
+    encoder: Encoder,
+    catalog: Catalog,
+    indices: np.ndarray,
+    batch: int,
+    augment: AugmentConfig,
+    loader: LoaderConfig,
+    device: torch.device,
+) -> Features:
+    """This rank's share of the features of ``indices``, seen through the evaluation crop."""
+    rank, world = distributed.rank(), distributed.world_size()
+    order = Order(indices, seed=0, batch=batch * world, shuffle=False, drop_last=False)
+    reader = make_loader(loader, catalog, order, CentreCrop(augment), device, rank, world)
+    try:
+        return extract(encoder, reader.iterate(), device)
+    finally:
+        reader.close()
+
+
+def thin(indices: np.ndarray, most: int | None) -> np.ndarray:
+    """At most ``most`` of ``indices``, evenly spaced: of a listing sorted by class, as many of each class."""
+    if most is None or most >= len(indices):
+        return indices
+    return indices[np.linspace(0, len(indices) - 1, most).round().astype(np.int64)]

@@ -1,0 +1,93 @@
+"""Evaluate an encoder: kNN, or a linear probe on its frozen features.
+
+  python launch/eval.py knn    runs/pretrain                              a run's folder, on the run's own data
+  python launch/eval.py linear runs/pretrain data.root=/data/cifar10
+  python launch/eval.py linear resnet50.pth model.arch=resnet50 data.root=/data/imagenet augment.size=224
+  torchrun --nproc-per-node 8 launch/eval.py knn …                        features and bank sharded over the ranks
+
+Features are extracted once. The table is printed and written as JSON, by default beside what is evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from fasttrain import cli, distributed
+from fasttrain.config import Config
+from fasttrain.data.augment import AugmentConfig
+from fasttrain.data.catalog import DataConfig, open_catalog
+from fasttrain.data.loader import LoaderConfig
+from fasttrain.evaluation.knn import KNNConfig, knn
+from fasttrain.evaluation.linear import LinearConfig, linear_probe
+from fasttrain.evaluation.online import catalog_features, thin
+from fasttrain.export import load_encoder
+from fasttrain.models import ModelConfig
+
+
+class EvalConfig(Config):
+    """What to evaluate, how and on what."""
+
+    task: Literal["knn", "linear"]
+    "knn or linear; the first argument"
+    source: str
+    "a run's folder or a weights file; the second argument"
+    output: str | None = None
+    "the JSON file; null: eval-<task>.json beside the weights"
+    batch: int = Field(256, ge=1)
+    "images each rank encodes at a time"
+    bank: int | None = Field(None, ge=1)
+    "training images to use, evenly spaced over the listing; null: all"
+    device: distributed.Device = "auto"
+    "auto: the GPU when there is one"
+    model: ModelConfig | None = None
+    "architecture, of weights that say nothing of theirs (model.arch, model.stem, model.width, …)"
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loader: LoaderConfig = LoaderConfig()
+    knn: KNNConfig = KNNConfig()
+    linear: LinearConfig = LinearConfig()
+
+
+def evaluate(config: EvalConfig) -> None:
+    device = distributed.initialize(config.device)
+    began = time.perf_counter()
+    encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
+    catalogs = distributed.agree(lambda: [open_catalog(config.data, role) for role in ("train", "val")])
+    shares = [thin(catalogs[0].indices, config.bank), catalogs[1].indices]
+    train, val = (
+        catalog_features(encoder, catalog, indices, config.batch, config.augment, config.loader, device)
+        for catalog, indices in zip(catalogs, shares, strict=True)
+    )
+    found = knn(train, val, config.knn) if config.task == "knn" else linear_probe(train, val, config.linear)
+    if distributed.rank() != 0:
+        return
+    table = {
+        "source": config.source,
+        "train": {"where": str(catalogs[0].root), "images": len(shares[0])},
+        "val": {"where": str(catalogs[1].root), "images": len(shares[1])},
+        **found._asdict(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    source = Path(config.source)
+    output = Path(config.output or (source if source.is_dir() else source.parent) / f"eval-{config.task}.json")
+    output.write_text(json.dumps(table, indent=1) + "\n")
+    for name, value in found._asdict().items():
+        print(f"{name:16s}{100 * value:8.2f} %" if "top" in name else f"{name:16s}{value!s:>8}")
+    print(f"{'written to':16s}{output}")
+
+
+def of_run(given: dict[str, Any]) -> dict[str, Any]:
+    """A run's own data, crops and loader, where nothing else is asked for."""
+    path = Path(str(given.get("source", ""))) / "config.yaml"
+    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return {key: saved[key] for key in ("data", "augment", "loader") if key in saved}
+
+
+if __name__ == "__main__":
+    cli.main(EvalConfig, evaluate, __doc__, positional=("task", "source"), base=of_run)

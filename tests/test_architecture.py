@@ -1,0 +1,84 @@
+"""Who may import whom, walked over the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    {"errors"},
+    {"config"},
+    {"distributed"},
+    {"data", "models", "run"},
+    {"objectives", "attacks", "optim"},
+    {"views"},
+    {"step"},
+    {"engine", "evaluation", "checkpoint", "plots", "export", "cli"},
+]
+"A part may import its own layer's data and models, and any layer before it."
+NEVER = [
+    ("engine", "evaluation"),
+    ("evaluation", "engine"),
+    ("objectives", "attacks"),
+    ("attacks", "objectives"),
+    ("data", "models"),
+    ("models", "data"),
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of fasttrain that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name.split(".")[1] for name in found if name.startswith("fasttrain.")}
+
+
+def files(part: str) -> list[Path]:
+    folder = ROOT / "fasttrain" / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def parts() -> set[str]:
+    return {path.stem for path in (ROOT / "fasttrain").iterdir() if path.stem not in ("__init__", "__pycache__", "py")}
+
+
+def test_every_part_has_a_layer():
+    assert parts() <= set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("part", sorted(set().union(*LAYERS) & {p.stem for p in (ROOT / "fasttrain").iterdir()}))
+def test_imports_point_one_way(part):
+    level = next(i for i, layer in enumerate(LAYERS) if part in layer)
+    allowed = set().union(*LAYERS[: level + 1])
+    for path in files(part):
+        found = imports(path) & set().union(*LAYERS)
+        assert found <= allowed, f"{path} imports {found - allowed}"
+        assert not [pair for pair in NEVER if pair[0] == part and pair[1] in found], path
+
+
+def test_kernels_know_nothing_of_fasttrain():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not imports(path), path
+
+
+def test_launch_scripts_shadow_no_module():
+    import sys
+
+    for path in (ROOT / "launch").glob("*.py"):
+        assert path.stem not in sys.stdlib_module_names
+
+
+def test_every_configuration_resolves():
+    from fasttrain.config import resolve
+    from tests.test_launch import script
+
+    for path in sorted((ROOT / "configs/pretrain").glob("*.yaml")):
+        resolve(script("pretrain").PretrainConfig, yaml.safe_load(path.read_text()))

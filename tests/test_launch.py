@@ -1,0 +1,273 @@
+"""The scripts as a person runs them: what they leave behind, how they stop, go on and complain."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from fasttrain import cli
+from fasttrain.config import load
+from fasttrain.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "augment.size=16",
+    "model.width=0.0625",
+    "model.head.width=8",
+    "model.head.out=8",
+    "train.batch=8",
+    "train.steps=6",
+    "optimizer.warmup_epochs=0",
+    "run.log_every=1",
+    "loader.threads=1",
+]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """Two classes, 12 training and 6 validation images each, of random blobs."""
+    root, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                small = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+                small.resize((24, 20), Image.BICUBIC).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment() -> dict[str, str]:
+    """Ours, without what a process group of this process left in it."""
+    mine = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in mine}
+
+
+def command(launcher: str, *arguments: str) -> list[str]:
+    program = [str(ROOT / "launch" / "pretrain.py"), *SMALL, *arguments]
+    beside = Path(sys.executable).parent
+    return {
+        "python": [sys.executable, *program],
+        "deepspeed": [str(beside / "deepspeed"), "--num_gpus", "2", "--master_port", "29637", *program],
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29638",
+            *program,
+        ],
+    }[launcher]
+
+
+def run(launcher: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(launcher, *arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def pretrain_here(*arguments: str) -> int:
+    module = script("pretrain")
+    return module.pretrain(load(module.PretrainConfig, [*SMALL, *arguments]))
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(images, tmp_path_factory) -> Path:
+    """A finished run of one process."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert pretrain_here(f"data.root={images}", f"run.dir={folder}") == 0
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_says(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png"} <= names
+    assert {"encoder.safetensors", "encoder.json"} <= names
+    lines = metrics(undisturbed)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "knn_top1" in line] == [0, 6]
+    assert {"lr", "images_per_second", "data_wait", "epoch"} <= lines[1].keys()
+
+
+def test_two_ranks_under_each_launcher_train_as_one_process_does(images, undisturbed, tmp_path):
+    for launcher in ("deepspeed", "torchrun"):
+        folder = tmp_path / launcher
+        done = run(launcher, f"data.root={images}", f"run.dir={folder}")
+        assert done.returncode == 0, done.stderr
+        assert "kNN accuracy" in done.stdout
+        ours = [line["loss"] for line in metrics(folder) if "loss" in line]
+        theirs = [line["loss"] for line in metrics(undisturbed) if "loss" in line]
+        assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(images, undisturbed, tmp_path, number):
+    folder = tmp_path / "run"
+    arguments = [f"data.root={images}", f"run.dir={folder}"]
+    with subprocess.Popen(
+        command("python", *arguments), env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stderr:
+            if line.startswith("step 2/"):
+                process.send_signal(number)
+                break
+        process.stderr.read()
+    assert process.returncode == cli.EXIT_SAVED_ON_SIGNAL
+    stopped_at = metrics(folder)[-1]["step"]
+    assert 2 <= stopped_at < 6
+    assert pretrain_here(*arguments) == 0
+    finished = load_file(str(folder / "checkpoints/step-00000006/model.safetensors"))
+    expected = load_file(str(undisturbed / "checkpoints/step-00000006/model.safetensors"))
+    assert all(finished[name].equal(expected[name]) for name in expected)
+    columns = ("step", "loss", "lr", "knn_top1")
+    assert [[line.get(c) for c in columns] for line in metrics(folder)] == [
+        [line.get(c) for c in columns] for line in metrics(undisturbed)
+    ]
+
+
+def copy_of(run_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_folder, tmp_path / "copy"))
+
+
+def test_a_finished_run_run_again_says_so_and_changes_nothing(images, undisturbed, tmp_path):
+    folder = copy_of(undisturbed, tmp_path)
+    before = (folder / "metrics.jsonl").read_text()
+    assert pretrain_here(f"data.root={images}", f"run.dir={folder}") == 0
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_none_whole_is_an_error(images, undisturbed, tmp_path, capfd):
+    folder = copy_of(undisturbed, tmp_path)
+    newest = folder / "checkpoints/step-00000006"
+    older = Path(shutil.copytree(newest, folder / "checkpoints/step-00000003"))
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert pretrain_here(f"data.root={images}", f"run.dir={folder}") == 0
+    assert "WARNING: checkpoint" in capfd.readouterr().err
+    for path in (newest, older):
+        data = bytearray((path / "optimizer.safetensors").read_bytes())
+        data[-1] ^= 1
+        (path / "optimizer.safetensors").write_bytes(data)
+    with pytest.raises(UsageError, match=r"is whole .*start over with another run\.dir"):
+        pretrain_here(f"data.root={images}", f"run.dir={folder}")
+
+
+def test_a_resume_that_contradicts_its_checkpoint_names_the_keys(images, undisturbed, tmp_path):
+    folder = copy_of(undisturbed, tmp_path)
+    with pytest.raises(UsageError, match=r"optimizer.lr: .* -> 0.07; train.steps: 6 -> 9"):
+        pretrain_here(f"data.root={images}", f"run.dir={folder}", "optimizer.lr=0.07", "train.steps=9")
+    other = Path(shutil.copytree(images, tmp_path / "other"))
+    (other / "train/cat/0.jpg").unlink()
+    with pytest.raises(UsageError, match="begun on other images"):
+        pretrain_here(f"data.root={other}", f"run.dir={folder}")
+
+
+def test_a_folder_that_a_live_run_holds_is_refused(images, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="held by a live run"):
+            pretrain_here(f"data.root={images}", f"run.dir={tmp_path / 'run'}")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_evidence(images, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(UsageError, match=r"the loss of step \d is (nan|inf)"):
+        pretrain_here(f"data.root={images}", f"run.dir={folder}", "optimizer.lr=1e30")
+    (evidence,) = folder.glob("not-finite-step-*")
+    report = json.loads((evidence / "rank-00000.json").read_text())
+    assert len(report["index"][0]) == 8 and (evidence / "weights.safetensors").exists()
+    assert not list((folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.root=/nowhere"], r"data.root='/nowhere' does not exist"),
+        (["train.batch=1000"], r"batch of 1000 is larger than the data set's 24 images"),
+        (["train.device=cuda"], r"train.device=cuda, but PyTorch sees no GPU"),
+        (["run.dir=/dev/null/run"], r"run.dir=/dev/null/run cannot be written"),
+        (["objective.temperature=-1"], r"objective.temperature=-1: should be greater than 0"),
+        (["train.batsh=8"], r"unknown key 'train.batsh'; did you mean 'train.batch'\?"),
+        (["train.epochs=ten"], r"train.epochs='ten': should be a valid integer"),
+        (["train.zero_stage=3"], r"zero_stage=3 is refused"),
+        (["optimizer.warmup_epochs=90"], r"steps of warm-up in a run of 6"),
+        (["optimizer.implementation=apex", "optimizer.name=adamw"], r"git clone https://github.com/NVIDIA/apex"),
+    ],
+)
+def test_a_mistake_names_the_value_and_the_remedy(images, tmp_path, arguments, message):
+    import torch
+
+    if "train.device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError, match=message) as caught:
+        pretrain_here(f"data.root={images}", f"run.dir={tmp_path / 'run'}", *arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_without_a_readable_image_is_named(images, tmp_path):
+    root = Path(shutil.copytree(images, tmp_path / "bad"))
+    for path in (root / "train/dog").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match="dog"):
+        pretrain_here(f"data.root={root}", f"run.dir={tmp_path / 'run'}")
+
+
+def test_a_mistake_ends_all_ranks_with_one_line_and_its_code(tmp_path):
+    began = time.monotonic()
+    done = run("deepspeed", "data.root=/nowhere", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == cli.EXIT_MISTAKE
+    assert done.stderr.count("error: data.root='/nowhere' does not exist") == 1
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 120
+
+
+def test_help_and_the_resolved_configuration():
+    helped = run("python", "--help")
+    assert helped.returncode == 0 and "optimizer.lr " in helped.stdout and "key=value" in helped.stdout
+    printed = run("python", "--print-config", "optimizer.lr=0.125")
+    assert printed.returncode == 0 and "  lr: 0.125\n" in printed.stdout
+
+
+def test_evaluation_of_a_run_agrees_with_the_run(undisturbed, tmp_path, capsys):
+    module = script("eval")
+    for task, key in (("knn", "top1"), ("linear", "val_top1")):
+        given = [f"task={task}", f"source={undisturbed}", f"output={tmp_path / task}.json", "linear.l2=[0.1]"]
+        assert not module.evaluate(load(module.EvalConfig, given, module.of_run))
+        table = json.loads((tmp_path / f"{task}.json").read_text())
+        assert 0 <= table[key] <= 1 and table["val"]["images"] == 12
+        if task == "knn":
+            assert table["top1"] == pytest.approx(metrics(undisturbed)[-1]["knn_top1"])
+    assert "top1" in capsys.readouterr().out
