@@ -37,7 +37,7 @@ def initialize(device: Device = "auto", timeout: timedelta = timedelta(minutes=3
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda and local_rank() >= torch.cuda.device_count():
         raise UsageError(
-            f"local rank {local_rank()} has no GPU ({torch.cuda.device_count()} visible): start at most one process a GPU"
+            f"local rank {local_rank()} has no GPU ({torch.cuda.device_count()} visible): start one process a GPU"
         )
     if cuda:
         torch.cuda.set_device(local_rank())
@@ -124,7 +124,7 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Stack every rank's ``x`` along a new first dimension, ``[...] -> [world, ...]``; any order of derivative is right.
+    """Stack every rank's ``x`` along a first dimension, ``[...] -> [world, ...]``; derivatives of any order are right.
 
     Its adjoint sums the ranks' gradients and keeps this rank's slice (a reduce-scatter), whose adjoint is this gather
     again. The usual gather, with a plain all-reduce in its backward, loses the graph there: its second-order gradients

@@ -296,3 +296,28 @@ def test_an_ffcv_file_is_refused():
     catalog.beton = "train.beton"
     with pytest.raises(UsageError, match=r"train\.beton.*ffcv"):
         make_loader(LoaderConfig(), catalog, Order(np.arange(1), 0, 1), SimCLR(AugmentConfig(), 0), CPU)
+
+
+def test_a_failure_long_before_its_turn_does_not_hide(loaders):
+    """The bad file lies in a batch that DALI meets while earlier ones wait; seeking away from it is possible."""
+    catalog = jpegs(24)
+    catalog.sizes[9] = decode(catalog.contents[9]).shape[:2]
+    catalog.contents[9] = catalog.contents[9][:300]
+    loader = loaders(catalog, Order(np.arange(24), 0, 4, shuffle=False), SimCLR(AugmentConfig(size=SIZE), 0))
+    iterator = loader.iterate(0)
+    with pytest.raises(UsageError, match=r"'/images/9\.jpg'"):
+        for _ in range(3):
+            next(iterator)
+            time.sleep(0.2)
+    loader.iterate(1)
+    time.sleep(0.3)
+    assert [batch.index[0].item() for batch in batches(loader, 3, 3)] == [12, 16, 20]
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_the_ranks_of_a_machine_share_its_cores(monkeypatch, variable):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    assert LoaderConfig().thread_count() == 16 and LoaderConfig(threads=3).thread_count() == 3
+    monkeypatch.setenv(variable, "4")
+    assert LoaderConfig().thread_count() == 4

@@ -39,8 +39,11 @@ class Case(NamedTuple):
 
 def build(case: Case):
     torch.manual_seed(0)
-    config = ModelConfig(arch="resnet18", stem="cifar", width=0.125, head=HeadConfig(width=16, out=8), classes=3)
-    encoder = Encoder(config)
+    head = HeadConfig(width=16, out=8)
+    encoder = Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.125, head=head, classes=3))
+    for module in encoder.modules():  # at ReLU's kink rounding decides the gradient; a smooth network shows real errors
+        if hasattr(module, "relu"):
+            module.relu = torch.nn.SiLU()
     objective = nt_xent(0.5) if case.objective == "nt_xent" else cross_entropy
     module = TrainStep(encoder, [Term(case.objective, objective)])
     settings = OptimizerConfig(
@@ -139,7 +142,7 @@ def interrupted(folder: str, stages: tuple[int, int], optimizer: str, precision:
 @pytest.mark.parametrize("stages", [(0, 0), (2, 2), (1, 0)])
 def test_a_run_saved_and_loaded_is_the_uninterrupted_one(tmp_path, stages):
     """Bit for bit at one stage; at another, to rounding."""
-    (_, *_), (whole, *_) = [], trained_in_ranks(Case(stages[1], optimizer="adamw"))
+    whole, _ = trained_in_ranks(Case(stages[1], optimizer="adamw"))
     for rank in run_ranks(2, interrupted, str(tmp_path), stages, "adamw", "fp32"):
         if stages[0] == stages[1]:
             assert all(torch.equal(rank[k], whole[k]) for k in whole)

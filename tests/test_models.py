@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from fasttrain import distributed
 from fasttrain.config import resolve
+from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, ModelConfig, ResNet
+from fasttrain.objectives import nt_xent
+from tests.ranks import run_ranks
 
 # torchvision's published parameter counts, 1000 classes
 PARAMETERS = {
@@ -215,6 +219,38 @@ def test_checkpointed_activations_change_nothing(arch: str) -> None:
         assert encoder.backbone.layer4[0].bn1.num_batches_tracked == 1
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-10, atol=1e-12)
+
+
+def _penalised_step(images: torch.Tensor) -> list[torch.Tensor]:
+    """NT-Xent with a gradient penalty on this rank's share of images [V, B, 3, H, W]: loss, gradients, statistics."""
+    rank, world = distributed.rank(), distributed.world_size()
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        config = ModelConfig(
+            arch="resnet18", stem="cifar", width=0.0625, zero_init_residual=False, checkpoint_activations=checkpointed
+        )
+        encoder = Encoder(config).double()
+        mine = images.chunk(world, dim=1)[rank]
+        x = mine.flatten(0, 1).requires_grad_()
+        labels = torch.zeros(mine.shape[1], dtype=torch.long)
+        loss = nt_xent(0.3)(encoder(x), Batch(mine, labels, labels))
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        # the collectives' adjoints summed the ranks' losses, so gradient / world is that of their mean
+        total = loss + world * 1e3 * (gradient / world).square().sum()
+        parameters = torch.autograd.grad(total, list(encoder.parameters()))
+        averaged = [distributed.all_reduce(value.detach()) / world for value in (loss, total, *parameters)]
+        results += [*averaged, *encoder.buffers()]
+    return results
+
+
+def test_two_ranks_equal_one_through_the_whole_encoder() -> None:
+    images = torch.rand(2, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    one = _penalised_step(images)
+    assert one[1] > 1.1 * one[0]  # the penalty counts
+    for ranks in run_ranks(2, _penalised_step, images):
+        for ours, expected in zip(ranks, one, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_checkpointing_keeps_fewer_activations() -> None:

@@ -85,9 +85,9 @@ class DaliSource:
         world: int = 1,
     ) -> None:
         self._catalog, self._order, self._augment = catalog, order, augment
-        self._gpu = (
-            None if device.type == "cpu" else device.index if device.index is not None else torch.cuda.current_device()
-        )
+        self._gpu: int | None = None
+        if device.type == "cuda":
+            self._gpu = torch.cuda.current_device() if device.index is None else device.index
         self._threads, self._rank, self._world = threads, rank, world
         self._regional = catalog.encoded and augment.views == 1
         self._readers = Workers(max(_READERS, threads))
@@ -103,20 +103,22 @@ class DaliSource:
             while self._running:
                 self._collect(self._running.popleft())
         except RuntimeError:  # of a batch that nobody waits for any more
-            self._pipeline = None
+            self._forget_pipeline()
 
     def produce(self, position: int) -> Decoded:
-        while len(self._running) < _DEPTH + 1 and self._read_ahead():
-            self._running.append(self._start(self._reads[0]))
-            self._reads.popleft()
-        current = self._running[0]
         try:
-            views = self._collect(current)
-        except RuntimeError as error:
-            self._pipeline = None  # DALI refuses all further work, and may have met a file of a later batch
-            suspects, self._running = list(self._running), deque()
-            raise self._find_culprit(suspects) or error from error
-        self._running.popleft()
+            while len(self._running) < _DEPTH + 1 and self._read_ahead():
+                self._start(self._reads[0])
+                self._reads.popleft()
+            views = self._collect(self._running[0])
+        except Exception as error:
+            # DALI refuses all further work, and its complaint may be about any of the batches that it has.
+            suspects = self._forget_pipeline()
+            culprit = self._find_culprit(suspects) if isinstance(error, RuntimeError) else None
+            if culprit is None:
+                raise
+            raise culprit from error
+        current = self._running.popleft()
         return Decoded(views, current.draws, self._catalog.labels[current.ids], current.ids)
 
     def reading(self) -> list[str]:
@@ -124,7 +126,12 @@ class DaliSource:
 
     def close(self) -> None:
         self._readers.close()
-        self._pipeline = None
+        self._forget_pipeline()
+
+    def _forget_pipeline(self) -> list[_Running]:
+        """Have the next batch build a new one; returns what the old one was working on."""
+        running, self._running, self._pipeline = list(self._running), deque(), None
+        return running
 
     def _read_ahead(self) -> bool:
         """Have the files of the next batches read; False when there is no batch left."""
@@ -139,15 +146,15 @@ class DaliSource:
         try:
             return self._catalog.read(index)
         except OSError as error:
-            raise _unusable(self._catalog.path(index), error.strerror) from None
+            raise _unusable(self._catalog.path(index), error.strerror or error) from None
 
-    def _start(self, read: _Read) -> _Running:
+    def _start(self, read: _Read) -> None:
         """Wait for a batch's files and hand them to DALI."""
         contents = [content for part in read.parts for content in part.result()]
         draws = self._augment.draw(read.epoch, read.ids, self._sizes(read.ids, contents))
+        self._running.append(_Running(read.ids, draws, contents))
         if contents:
             self._feed(contents, draws)
-        return _Running(read.ids, draws, contents)
 
     def _sizes(self, ids: np.ndarray, contents: list[np.ndarray]) -> np.ndarray:
         known = self._catalog.sizes

@@ -5,13 +5,16 @@
     Order.share ── draws ── memory map ── decode once (JPEG) ── V x crop, resize, flip ── Decoded
     `─ a batch ahead ──´    `──────────── slices of the batch, without the GIL ─────´
 
-The format, its reader, its encoder and its JPEG decoder (libjpeg-turbo, fast DCT) are FFCV's (Leclerc et al. 2023), and
-FFCV's own ``Loader`` reads these files. We do not use it: its order is its own, its augmentations are not seeded, it
-decodes an image once a view, and its crop-resize (OpenCV's INTER_AREA) hardly interpolates where it enlarges, which
-:func:`_crop_resize`, antialiased bilinear like torchvision's, does. Mean absolute difference to the plain reference, in
-grey levels: 0.15 from raw pixels, 1.0 from JPEG (the DCT); INTER_AREA's, on enlarged crops at 32 pixels, TODO.
+The format, its reader, its encoder and its JPEG decoder (libjpeg-turbo, fast DCT) are FFCV's (Leclerc et al. 2023),
+whose own ``Loader`` reads these files. That is not used here: its order is its own, its augmentations are not seeded,
+it decodes an image once a view, and its crop-resize (OpenCV's INTER_AREA) hardly interpolates where it enlarges, which
+:func:`_crop_resize`, antialiased bilinear like torchvision's, does. Nor are its memory managers: they keep a Python set
+for each sample and change a type object that all of numba shares (functions compiled before are no longer found).
 
-Two views at 32 and 224 pixels, no colours, 2 cores, medians of 5 alternating with a bare ``ffcv.loader.Loader``: TODO.
+Mean absolute difference to the plain reference over SimCLR's crops, in grey levels at 32 and 224 pixels: 0.15 and 0.16
+from raw pixels (at most 1), 1.0 and 1.0 from JPEG (the DCT); INTER_AREA's would be 2.1 and 1.4 (at most 56 and 138).
+Core time for two views without colours, beside ``ffcv.loader.Loader`` in the same run: CIFAR-10 16 against 29 us from
+JPEG, 10 against 11 us raw; Imagenette at 224 0.39 against 0.74 ms from JPEG, 0.25 against 0.50 ms raw (AMD EPYC).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -57,7 +60,6 @@ Mode = Literal["jpg", "raw", "smart", "proportion"]
 class Listing(NamedTuple):
     """What a ``.beton`` holds. A sample's id is its position in the full listing that the file was written from."""
 
-    split: str
     classes: list[str]
     labels: np.ndarray  # [full] int64; -1 where the file lacks the sample
     ids: np.ndarray  # [n] int64, sorted
@@ -79,7 +81,6 @@ def read_listing(path: str | Path) -> Listing:
     labels[samples["id"]] = samples["label"]
     sizes[samples["id"], 0], sizes[samples["id"], 1] = samples["height"], samples["width"]
     return Listing(
-        split=sidecar.get("split", Path(path).stem),
         classes=sidecar.get("classes") or [str(label) for label in range(int(labels.max()) + 1)],
         labels=labels,
         ids=samples["id"].copy(),
@@ -628,7 +629,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UsageError(f"cannot write '{path}': {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _line(error: Exception) -> str:

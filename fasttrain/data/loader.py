@@ -32,7 +32,8 @@ class LoaderConfig(Config):
 
     def thread_count(self) -> int:
         """``threads``, or this rank's share of the cores."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # torchrun's name, DeepSpeed's
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // int(ranks))
 
 
 class Loader(Protocol):

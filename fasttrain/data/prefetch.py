@@ -28,6 +28,8 @@ from fasttrain.data.loader import LoaderConfig
 from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
 
+_PATIENCE = 5.0  # seconds that closing waits for the batch under way
+
 
 class Decoded(NamedTuple):
     """One rank's part of a micro-batch: decoded, cropped, resized and flipped, the colours not yet changed."""
@@ -229,12 +231,13 @@ class _FinishOnGpu:
 
     def __call__(self, decoded: Decoded) -> Batch:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            images = []
+            shape = (len(decoded.views), *decoded.views[0].shape)
+            images = torch.empty(shape, device=self._device)
             for view, pixels in enumerate(decoded.views):
                 pixels = self._move(torch.as_tensor(pixels))
-                images.append(colour.apply_torch(pixels, decoded.draws.take((slice(None), view))))
+                images[view] = colour.apply_torch(pixels, decoded.draws.take((slice(None), view)))
             labels, ids = (self._move(torch.tensor(x)) for x in (decoded.labels, decoded.ids))
-            batch = Batch(torch.stack(images).permute(0, 1, 4, 2, 3), labels, ids)
+            batch = Batch(images.permute(0, 1, 4, 2, 3), labels, ids)
             self._stream.synchronize()  # this thread alone waits; after it the decoder's buffers may be reused
         return batch
 
@@ -268,9 +271,6 @@ def _close(runs: list[_Run], source: Source, finish: _FinishOnCpu | _FinishOnGpu
     if all(run.stop(_PATIENCE) for run in runs):  # else a read hangs: its thread, a daemon, ends with the process
         source.close()
         finish.close()
-
-
-_PATIENCE = 5.0  # seconds that closing waits for the batch under way
 
 
 def _shorten(paths: list[str], most: int = 3) -> str:
