@@ -148,7 +148,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint at ``path``, or None: every file's size and hash is compared to the manifest."""
+    """What is wrong with the checkpoint at ``path``, or None; every file's size and hash are compared."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for file, seal in manifest.items():

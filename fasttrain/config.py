@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -46,7 +46,7 @@ def load(schema: type[C], arguments: list[str], base: Callable[[dict[str, Any]],
             values = _read_yaml(Path(argument))
         else:
             raise UsageError(f"argument '{argument}' is neither the first (a YAML file) nor of the form key=value")
-    return resolve(schema, _merged(base(values), values))
+    return resolve(schema, _merged(_merged(_section_defaults(schema, values), base(values)), values))
 
 
 def resolve(schema: type[C], values: dict[str, Any]) -> C:
@@ -79,6 +79,9 @@ def describe(schema: type[Config], prefix: str = "") -> list[str]:
         if _is_config(field.annotation):
             lines += describe(field.annotation, f"{prefix}{name}.")
             continue
+        if get_origin(field.annotation) is dict:
+            lines += describe(get_args(field.annotation)[1], f"{prefix}{name}.<name>.")
+            continue
         default = "(required)" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
         lines.append(f"  {prefix + name:30s} = {default:24s} {' '.join((field.description or '').split())}".rstrip())
     return lines
@@ -93,6 +96,21 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+def _section_defaults(schema: type[Config], given: dict[str, Any]) -> dict[str, Any]:
+    """A schema's own defaults of its sections: a key given in a section leaves the section's others as they are.
+
+    A section of named parts (``terms``) keeps its default parts only where no other part is given.
+    """
+    defaults: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, Config):
+            defaults[name] = default.model_dump()
+        elif isinstance(default, dict) and set(given.get(name) or default) <= set(default):
+            defaults[name] = {key: part.model_dump() for key, part in default.items()}
+    return defaults
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from fasttrain import distributed
 from fasttrain.config import Config
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
+from fasttrain.precision import Precision, autocast_dtype, decide
 from fasttrain.run import Run
 
 OWNED = {
@@ -48,8 +49,8 @@ class TrainConfig(Config):
     "images an optimiser step: all ranks and accumulation steps together"
     accumulation: int = Field(1, ge=1)
     "micro-batches an optimiser step; a contrastive loss sees only its own micro-batch (of all ranks)"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    "autocast of convolutions and products (fp16 with dynamic loss scaling); weights, BatchNorm and loss stay fp32"
+    precision: Precision = "auto"
+    "autocast of convolutions and products (fp16: with loss scaling; auto: bf16 where the hardware has it, else fp32)"
     device: distributed.Device = "auto"
     "auto: the GPU when there is one"
     zero_stage: int = 0
@@ -70,6 +71,10 @@ class TrainConfig(Config):
         if stage not in (0, 1, 2):
             raise ValueError(f"zero_stage={stage} does not exist; use 0, 1 or 2")
         return stage
+
+    def on(self, device: torch.device) -> TrainConfig:
+        """These settings with ``precision=auto`` decided for ``device``."""
+        return self.model_copy(update={"precision": decide(self.precision, device)})
 
     def micro_batch(self, world: int) -> int:
         """Images of one rank's micro-batch."""
@@ -103,7 +108,7 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
                 f"train.deepspeed={config.deepspeed} sets 'zero_optimization.stage', which train.zero_stage owns: "
                 "remove it there"
             )
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(config.precision)
+    dtype = autocast_dtype(config.precision)
     return {
         **extra,
         "train_batch_size": config.batch,
@@ -115,7 +120,7 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
         "zero_optimization": {**extra.get("zero_optimization", {}), "stage": config.zero_stage},
         "torch_autocast": {
             "enabled": dtype is not None,
-            "dtype": dtype or "bfloat16",
+            "dtype": str(dtype or torch.bfloat16).removeprefix("torch."),
             "lower_precision_safe_modules": [],
         },
     }

@@ -110,13 +110,21 @@ class Run:
             self._tensorboard.add_scalar(name, value, step)
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar.disable:
-            rate = (time.monotonic() - self._started) / max(1, step - self._first)
-            left = time.strftime("%H:%M:%S", time.gmtime(rate * (self._total - step)))
-            self.say(f"step {step}/{self._total}  {text}" + (f"  left {left}" if step < self._total else ""))
+            self.say(f"step {step}/{self._total}  {text}{self._time_left(step)}")
         elif "loss" in values:
             self._bar.set_postfix_str(text)
         else:
             self.say(f"step {step}  {text}")
+
+    def _time_left(self, step: int) -> str:
+        if not self._first < step < self._total:
+            return ""
+        seconds = (time.monotonic() - self._started) / (step - self._first) * (self._total - step)
+        return (
+            time.strftime("  left %H:%M:%S", time.gmtime(seconds))
+            if seconds < 86400
+            else f"  left {seconds / 3600:.0f} h"
+        )
 
     def say(self, line: str) -> None:
         """A line for the person who watches, from rank 0, without breaking the bar."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from fasttrain.data import Batch
 from fasttrain.models import Encoded, Encoder
-from fasttrain.objectives import Objective
+from fasttrain.objectives import Objective, encode
 from fasttrain.views import View, clean
 
 
@@ -28,25 +28,34 @@ class TrainStep(nn.Module):
     The objective has to live inside the module that DeepSpeed wraps: ``autograd.grad`` on the output of a wrapped
     encoder raises under most ZeRO stages and is silently wrong under one. Terms that share a view share its encoding.
     All V views are encoded together, so train-mode BatchNorm sees the statistics of all of them.
+
+    Args:
+        encoder: what is trained.
+        terms: summands; a view that is a module (an adversary with parameters of its own) is trained and saved too.
+        prepare: done to each batch once, before any view; a module (a frozen reference encoder, say) is saved too.
     """
 
-    def __init__(self, encoder: Encoder, terms: Sequence[Term]) -> None:
+    def __init__(
+        self, encoder: Encoder, terms: Sequence[Term], prepare: Callable[[Batch], Batch] | None = None
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.terms = tuple(terms)
+        self.prepare = prepare
+        self.views = nn.ModuleDict({term.name: term.view for term in terms if isinstance(term.view, nn.Module)})
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss (scalar) and each term's own value (detached, unweighted), by name."""
+        if self.prepare is not None:
+            batch = self.prepare(batch)
         encodings: dict[View, tuple[Encoded, Batch]] = {}
         loss, values = 0.0, {}
         for term in self.terms:
             if term.view not in encodings:
                 seen = term.view(self.encoder, batch)
-                encodings[term.view] = self.encoder(seen.images.flatten(0, 1)), seen
+                sharing = [other.objective for other in self.terms if other.view == term.view]
+                encodings[term.view] = encode(self.encoder, seen.images.flatten(0, 1), sharing), seen
             value = term.objective(*encodings[term.view]).mean()
             values[term.name] = value.detach()
             loss = loss + term.weight * value
         return loss, values
-
-
-__all__ = ["Term", "TrainStep"]

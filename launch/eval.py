@@ -28,6 +28,7 @@ from fasttrain.evaluation.linear import LinearConfig, linear_probe
 from fasttrain.evaluation.online import catalog_features, thin
 from fasttrain.export import load_encoder
 from fasttrain.models import ModelConfig
+from fasttrain.precision import Precision, autocast_dtype, decide
 
 
 class EvalConfig(Config):
@@ -45,6 +46,8 @@ class EvalConfig(Config):
     "training images to use, evenly spaced over the listing; null: all"
     device: distributed.Device = "auto"
     "auto: the GPU when there is one"
+    precision: Precision = "auto"
+    "of the features: auto is bf16 where the hardware has it, else fp32"
     model: ModelConfig | None = None
     "architecture, of weights that say nothing of theirs (model.arch, model.stem, model.width, …)"
     data: DataConfig = DataConfig()
@@ -60,8 +63,9 @@ def evaluate(config: EvalConfig) -> None:
     encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
     catalogs = distributed.agree(lambda: [open_catalog(config.data, role) for role in ("train", "val")])
     shares = [thin(catalogs[0].indices, config.bank), catalogs[1].indices]
+    autocast = autocast_dtype(decide(config.precision, device))
     train, val = (
-        catalog_features(encoder, catalog, indices, config.batch, config.augment, config.loader, device)
+        catalog_features(encoder, catalog, indices, config.batch, config.augment, config.loader, device, autocast)
         for catalog, indices in zip(catalogs, shares, strict=True)
     )
     found = knn(train, val, config.knn) if config.task == "knn" else linear_probe(train, val, config.linear)

@@ -25,8 +25,9 @@ from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
-from fasttrain.objectives import NTXentConfig, nt_xent
+from fasttrain.objectives import TermConfig, build_objective, check_model
 from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
+from fasttrain.precision import autocast_dtype
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
 
@@ -39,20 +40,21 @@ class PretrainConfig(Config):
     augment: AugmentConfig = AugmentConfig(size=32, jitter=0.5, blur=0.0, eval_crop=1.0)
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig = ModelConfig(arch="resnet18", stem="cifar", width=0.25, head=HeadConfig(width=128, out=64))
-    objective: NTXentConfig = NTXentConfig(temperature=0.2)
+    terms: dict[str, TermConfig] = {"simclr": TermConfig(objective="nt_xent", temperature=0.2)}
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", lr=0.5, weight_decay=1e-4, warmup_epochs=1)
-    train: engine.TrainConfig = engine.TrainConfig(epochs=20, batch=128)
-    evaluate: EvaluateConfig = EvaluateConfig()
+    train: engine.TrainConfig = engine.TrainConfig(epochs=24, batch=128)
+    evaluate: EvaluateConfig = EvaluateConfig(every_epochs=4)
 
 
 def pretrain(config: PretrainConfig) -> int:
     device = distributed.initialize(config.train.device)
+    config = config.model_copy(update={"train": config.train.on(device)})
     torch.manual_seed(config.run.seed)
     with Run(config.run) as run:
         parts = distributed.agree(lambda: build(config, device))
         run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
 
-        module = TrainStep(parts.encoder, [Term("nt_xent", nt_xent(config.objective.temperature))])
+        module = TrainStep(parts.encoder, parts.terms)
         optimizer = build_optimizer(config.optimizer, module, config.train.zero_stage, device)
         trainer = engine.initialize(module, optimizer, config.train)
         loss_scale = engine.LossScale(trainer) if config.train.precision == "fp16" else None
@@ -88,6 +90,7 @@ class Parts(NamedTuple):
     catalogs: tuple[Catalog, ...]
     loader: Loader
     encoder: Encoder
+    terms: list[Term]
     knn: OnlineKNN
     learning_rate: Callable[[int], float]
     steps_per_epoch: int
@@ -105,13 +108,25 @@ def build(config: PretrainConfig, device: torch.device) -> Parts:
     steps = config.train.steps or config.train.epochs * steps_per_epoch
     warmup = round(config.optimizer.warmup_epochs * steps_per_epoch)
     learning_rate = schedule(config.optimizer.peak(config.train.batch), warmup, steps)
+    for term in config.terms.values():
+        check_model(term, config.model)
+    terms = [Term(name, build_objective(term), term.weight) for name, term in config.terms.items()]
     encoder = Encoder(config.model).to(device)
     augment = SimCLR(config.augment, config.run.seed)
     return Parts(
         catalogs,
         make_loader(config.loader, catalogs[0], order, augment, device, rank, world),
         encoder,
-        OnlineKNN(config.evaluate, catalogs, config.augment, config.loader, encoder, device),
+        terms,
+        OnlineKNN(
+            config.evaluate,
+            catalogs,
+            config.augment,
+            config.loader,
+            encoder,
+            device,
+            autocast_dtype(config.train.precision),
+        ),
         learning_rate,
         steps_per_epoch,
         steps,

@@ -10,14 +10,14 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"errors"},
+    {"errors", "precision"},
     {"config"},
     {"distributed"},
     {"data", "models", "run"},
     {"objectives", "attacks", "optim"},
     {"views"},
     {"step"},
-    {"engine", "evaluation", "checkpoint", "plots", "export", "cli"},
+    {"engine", "evaluation", "checkpoint", "plots", "export", "cli", "benchmarks"},
 ]
 "A part may import its own layer's data and models, and any layer before it."
 NEVER = [

@@ -27,6 +27,14 @@ def test_yaml_then_overrides(tmp_path):
     assert load(Outer, [str(path), "inner.lr=1e-3"]) == Outer(inner=Inner(lr=1e-3), steps=7)
 
 
+class Recipe(Config):
+    inner: Inner = Inner(lr=0.7, name="lars")
+
+
+def test_a_key_given_in_a_section_leaves_the_others_at_the_schemas_defaults():
+    assert load(Recipe, ["inner.lr=0.2"]) == Recipe(inner=Inner(lr=0.2, name="lars"))
+
+
 def test_what_is_printed_reads_back(tmp_path):
     config = load(Outer, ["inner.lr=0.25", "inner.name=lars"])
     (tmp_path / "b.yaml").write_text(to_yaml(config))

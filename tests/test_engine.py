@@ -154,6 +154,32 @@ def trained_in_ranks(case: Case) -> list[dict[str, torch.Tensor]]:
     return [results[0] for results in run_ranks(2, trained, [case])]
 
 
+def scaled(stage: int) -> tuple[dict[str, torch.Tensor], list[float], bool]:
+    """Weights after the steps in fp16; then the scale before and after a step that overflows, and whether it was skipped."""
+    distributed.initialize("cpu")
+    case = Case(stage, optimizer="sgd", precision="fp16")
+    trainer, _ = build(case)
+    scale = engine.LossScale(trainer)
+    for step in range(STEPS):
+        take_steps(trainer, case, step, step + 1)
+        scale.update()
+    result = weights(trainer)
+    scale.load({"scale": 2.0**60, "good_steps": 0})
+    scales, before = [scale.scale], [p.detach().clone() for p in trainer.module.parameters()]
+    take_steps(trainer, case, STEPS, STEPS + 1)
+    scale.update()
+    skipped = all(torch.equal(a, b) for a, b in zip(before, trainer.module.parameters(), strict=True))
+    return result, [*scales, scale.scale], skipped
+
+
+def test_fp16_trains_like_fp32_and_skips_an_overflow_on_all_ranks():
+    (plain,) = run_ranks(1, trained, [Case(0, optimizer="sgd")])[0]
+    for stage in (0, 1):
+        for result, (before, after), skipped in run_ranks(2, scaled, stage):
+            assert largest_difference(result, plain) < 0.05
+            assert skipped and after == before / 2
+
+
 def test_settings_follow_from_ours_alone(tmp_path):
     settings = engine.deepspeed_settings(engine.TrainConfig(batch=64, accumulation=4, zero_stage=1), world=2)
     assert settings["train_micro_batch_size_per_gpu"] == 8

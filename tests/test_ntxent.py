@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from fasttrain_kernels.ntxent import nt_xent
 
 from fasttrain import distributed, objectives
 from fasttrain.config import resolve
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoded
+from fasttrain_kernels.ntxent import nt_xent
 from tests.ranks import run_ranks
 
 

@@ -1,5 +1,7 @@
 """Images on disk -> batches on the device: catalog, order, augment, and the two loaders."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,6 +13,7 @@ class Batch(NamedTuple):
     images: Tensor  # [V, B, 3, H, W] float32 in [0, 1], each image channels-last in memory
     labels: Tensor  # [B] int64
     index: Tensor  # [B] int64
+    targets: Tensor | None = None  # [B, F] what a frozen reference encoder makes of the images; no loader sets it
 
 
 __all__ = ["Batch"]

@@ -93,7 +93,7 @@ class PrefetchLoader:
             for _ in run.positions():
                 batch = run.take(self._config.timeout)
                 if batch.images.is_cuda:  # made on another stream, whose allocator must not reuse it under ours
-                    for tensor in batch:
+                    for tensor in (batch.images, batch.labels, batch.index):
                         tensor.record_stream(torch.cuda.current_stream(tensor.device))
                 yield batch
         finally:

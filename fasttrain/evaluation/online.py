@@ -38,9 +38,10 @@ class OnlineKNN:
         loader: LoaderConfig,
         encoder: Encoder,
         device: torch.device,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.config, self.catalogs, self.augment, self.loader = config, catalogs, augment, loader
-        self.encoder, self.device = encoder, device
+        self.encoder, self.device, self.autocast = encoder, device, autocast
 
     def __call__(self, step: int) -> dict[str, float]:
         train, val = self.catalogs
@@ -49,7 +50,7 @@ class OnlineKNN:
 
     def features(self, catalog: Catalog, indices: np.ndarray) -> Features:
         return catalog_features(
-            self.encoder, catalog, indices, self.config.batch, self.augment, self.loader, self.device
+            self.encoder, catalog, indices, self.config.batch, self.augment, self.loader, self.device, self.autocast
         )
 
 
@@ -61,13 +62,14 @@ def catalog_features(
     augment: AugmentConfig,
     loader: LoaderConfig,
     device: torch.device,
+    autocast: torch.dtype | None = None,
 ) -> Features:
     """This rank's share of the features of ``indices``, seen through the evaluation crop."""
     rank, world = distributed.rank(), distributed.world_size()
     order = Order(indices, seed=0, batch=batch * world, shuffle=False, drop_last=False)
     reader = make_loader(loader, catalog, order, CentreCrop(augment), device, rank, world)
     try:
-        return extract(encoder, reader.iterate(), device)
+        return extract(encoder, reader.iterate(), device, autocast)
     finally:
         reader.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Annotated, NamedTuple
 
 import pydantic
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import Config
 from fasttrain.models.batchnorm import BatchNorm1d, BatchNorm2d, frozen_statistics
-from fasttrain.models.heads import HeadConfig, projection_head
+from fasttrain.models.heads import HeadConfig, StageHead, prediction_head, projection_head
 from fasttrain.models.resnet import Architecture, ResNet, Stem, check_stem
 
 Positive = Annotated[float, pydantic.Field(gt=0)]
@@ -24,6 +25,9 @@ class Encoded(NamedTuple):
     features: Tensor  # [N, F], the last map averaged over its pixels
     projections: Tensor | None  # [N, D]; None with head.layers=0
     logits: Tensor | None  # [N, classes]; None with classes=0
+    predictions: Tensor | None = None  # [N, D], of the projections; None with head.predictor=0
+    layers: tuple[Encoded, ...] = ()  # 4: what heads on stages 1 to 4 make; () without layer_heads
+    encoder: Callable[[Tensor], Encoded] | None = None  # what made this, for objectives that look at other images too
 
 
 class ModelConfig(Config):
@@ -39,6 +43,8 @@ class ModelConfig(Config):
     """Projection head."""
     classes: int = pydantic.Field(default=0, ge=0)
     """Outputs of a linear classifier on the features; 0 for none."""
+    layer_heads: bool = False
+    """A projection head (predictor, classifier) on each of the first three stages too, for layer-by-layer losses."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Pixel mean a channel, subtracted inside the model (default: ImageNet's)."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -58,7 +64,7 @@ class Encoder(nn.Module):
     """Normaliser, backbone, projection head and classifier: images [N, 3, H, W] in [0, 1] -> :class:`Encoded`.
 
     ``backbone`` bears torchvision's key names (the classifier is its ``fc``), so its ``state_dict`` loads strictly into
-    torchvision's ResNet and back; ``head`` is the projection head or ``None``.
+    torchvision's ResNet and back; ``head`` is the projection head, ``predictor`` SimSiam's, each or ``None``.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -75,6 +81,11 @@ class Encoder(nn.Module):
         )
         features = self.backbone.num_features
         self.head = projection_head(config.head, features, config.sync_bn) if config.head.layers else None
+        self.predictor = prediction_head(config.head, config.sync_bn) if config.head.predictor else None
+        stages = [self.backbone.layer1, self.backbone.layer2, self.backbone.layer3] if config.layer_heads else []
+        self.layer_heads = nn.ModuleList(
+            StageHead(config.head, stage[-1].last_norm.num_features, config.classes, config.sync_bn) for stage in stages
+        )
         mean, std = torch.tensor(config.mean).view(1, 3, 1, 1), torch.tensor(config.std).view(1, 3, 1, 1)
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
@@ -82,8 +93,15 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Encoded:
         stages, features = self.backbone(torch.addcmul(self.shift, images, self.scale))
         projections = self.head(features) if self.head is not None else None
+        predictions = self.predictor(projections) if self.predictor is not None else None
         logits = self.backbone.fc(features) if self.config.classes else None
-        return Encoded(images, stages, features, projections, logits)
+        whole = Encoded(images, stages, features, projections, logits, predictions, encoder=self)
+        return whole._replace(layers=(*self._layers(whole), whole)) if self.config.layer_heads else whole
+
+    def _layers(self, whole: Encoded) -> Iterator[Encoded]:
+        for depth, head in enumerate(self.layer_heads, start=1):
+            features, projections, predictions, logits = head(whole.stages[depth - 1])
+            yield Encoded(whole.images, whole.stages[:depth], features, projections, logits, predictions)
 
 
 __all__ = [

@@ -1,13 +1,43 @@
-"""Objectives: pure functions (encoded views, batch) -> a scalar, or one loss an image."""
+"""Objectives: pure functions (encoded views, batch) -> a scalar, or one loss an image; and what wraps them."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from fasttrain.data import Batch
-from fasttrain.models import Encoded
+from fasttrain.objectives.cross_entropy import cross_entropy, cross_entropy_one_sided
+from fasttrain.objectives.gradient_penalty import gradient_penalty, layer_by_layer_penalty
+from fasttrain.objectives.layers import layer_by_layer
 from fasttrain.objectives.nt_xent import NTXentConfig, nt_xent
+from fasttrain.objectives.objective import Objective, OneSided, Traits, encode, traits
+from fasttrain.objectives.simsiam import simsiam, simsiam_one_sided
+from fasttrain.objectives.sup_con import info_nce, sup_con, sup_con_one_sided
+from fasttrain.objectives.terms import (
+    LayersConfig,
+    PenaltyConfig,
+    TermConfig,
+    build_objective,
+    build_one_sided,
+    check_model,
+)
 
-Objective = Callable[[Encoded, Batch], Tensor]
-
-__all__ = ["NTXentConfig", "Objective", "nt_xent"]
+__all__ = [
+    "LayersConfig",
+    "NTXentConfig",
+    "Objective",
+    "OneSided",
+    "PenaltyConfig",
+    "TermConfig",
+    "Traits",
+    "build_objective",
+    "build_one_sided",
+    "check_model",
+    "cross_entropy",
+    "cross_entropy_one_sided",
+    "encode",
+    "gradient_penalty",
+    "info_nce",
+    "layer_by_layer",
+    "layer_by_layer_penalty",
+    "nt_xent",
+    "simsiam",
+    "simsiam_one_sided",
+    "sup_con",
+    "sup_con_one_sided",
+    "traits",
+]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pydantic
 import torch
-from fasttrain_kernels import ntxent
 
 from fasttrain.config import Config
 from fasttrain.data import Batch
-from fasttrain.distributed import all_gather, rank
-from fasttrain.errors import UsageError
+from fasttrain.distributed import rank
 from fasttrain.models import Encoded
-
-if TYPE_CHECKING:
-    from fasttrain.objectives import Objective
+from fasttrain.objectives.objective import Objective
+from fasttrain.objectives.sup_con import across_ranks, projections
+from fasttrain_kernels import ntxent
 
 
 class NTXentConfig(Config):
@@ -38,14 +34,7 @@ def nt_xent(temperature: float, impl: ntxent.Implementation = "auto") -> Objecti
     """
 
     def objective(encoded: Encoded, batch: Batch) -> torch.Tensor:
-        if encoded.projections is None:
-            raise UsageError("NT-Xent needs projections and the encoder has no head: set model.head.layers=2")
-        z = encoded.projections.unflatten(0, (-1, len(batch.labels)))  # [V, B, D]
-        z = z.to(torch.promote_types(z.dtype, torch.float32))  # before the gather, so that its adjoint sums in float32
-        gathered = all_gather(z)  # [W, V, B, D]
-        if len(gathered) == 1:
-            return ntxent.nt_xent(z, temperature, impl=impl).mean()
-        columns = gathered.transpose(0, 1).flatten(1, 2)  # [V, W B, D]
-        return ntxent.nt_xent(z, temperature, columns, rank() * z.shape[1], impl).mean()
+        z = projections(encoded, len(batch.labels), "nt_xent")
+        return ntxent.nt_xent(z, temperature, across_ranks(z), rank() * z.shape[1], impl).mean()
 
     return objective

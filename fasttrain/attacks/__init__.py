@@ -1,0 +1,104 @@
+"""Attacks: threat models, and functions (loss of each image, images) -> images that raise their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import pydantic
+from torch import Tensor
+
+from fasttrain.attacks.apgd import apgd
+from fasttrain.attacks.evaluation import Attack, PerImageLoss
+from fasttrain.attacks.fgsm import fgsm
+from fasttrain.attacks.noise import image_keys
+from fasttrain.attacks.pgd import pgd
+from fasttrain.attacks.plb import PLBConfig, plb
+from fasttrain.attacks.threat import L2, Linf, Threat
+from fasttrain.config import Config
+from fasttrain.errors import UsageError
+from fasttrain.models import Encoded, Encoder
+from fasttrain.models.folding import fold_batchnorm
+from fasttrain_kernels.apgd import Norm
+
+BatchNormMode = Literal["eval", "train"]
+
+
+class AttackConfig(Config):
+    name: Literal["fgsm", "pgd", "apgd"] = "apgd"
+    """Attack: fgsm (one step), pgd, or apgd (step size and momentum adapt themselves)."""
+    norm: Norm = "linf"
+    """Norm that bounds the perturbation: linf or l2."""
+    eps_255: float = pydantic.Field(default=8.0, ge=0, allow_inf_nan=False)
+    """Bound in 1/255 of the pixel range, for either norm: 8 is 8/255; an l2 bound of 0.5 is 127.5."""
+    steps: int = pydantic.Field(default=10, ge=1)
+    """Steps of pgd and apgd."""
+    step_255: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    """Step size of pgd in 1/255; null: 2.5 eps / steps."""
+    restarts: int = pydantic.Field(default=1, ge=1)
+    """Random starts of pgd and apgd; each image keeps the one of the highest loss."""
+    random_start: bool = True
+    """Whether pgd starts at a random point of the ball instead of at the image."""
+    batchnorm: BatchNormMode = "eval"
+    """BatchNorm during the attack: eval (running statistics, folded into the convolutions) or train (the batch's)."""
+
+    @pydantic.model_validator(mode="after")
+    def _nothing_unused(self) -> AttackConfig:
+        unused = {
+            "fgsm": ("steps", "step_255", "restarts", "random_start"),
+            "pgd": (),
+            "apgd": ("step_255", "random_start"),
+        }
+        for field in unused[self.name]:
+            value, default = getattr(self, field), type(self).model_fields[field].default
+            if value != default:
+                raise ValueError(f"{field}={value}: {self.name} does not use it; leave it out or set name=pgd")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(
+                f"restarts={self.restarts} with random_start=false would all be one; set random_start=true"
+            )
+        if self.norm == "linf" and self.eps_255 > 255:
+            raise ValueError(f"eps_255={self.eps_255}: an linf bound is at most 255, the whole pixel range")
+        return self
+
+
+def make_attack(config: AttackConfig) -> Attack:
+    """The attack that ``config`` describes; its BatchNorm mode is for :func:`attacked`."""
+    threat = (Linf if config.norm == "linf" else L2)(config.eps_255 / 255)
+    if config.name == "fgsm":
+        return fgsm(threat)
+    if config.name == "apgd":
+        return apgd(threat, config.steps, restarts=config.restarts)
+    size = None if config.step_255 is None else config.step_255 / 255
+    return pgd(threat, config.steps, size, restarts=config.restarts, random_start=config.random_start)
+
+
+def attacked(encoder: Encoder, batchnorm: BatchNormMode = "eval") -> Callable[[Tensor], Encoded]:
+    """What an attack should see of ``encoder``, as of now: images -> encodings.
+
+    "eval": running statistics, folded into the convolutions, whatever mode the encoder is in; images do not see each
+    other. "train": the encoder as it trains, with the statistics of the batch at hand (of all ranks, if synchronised).
+    """
+    if batchnorm == "eval":
+        return fold_batchnorm(encoder)
+    if not encoder.training:
+        raise UsageError("batchnorm=train: the encoder is in evaluation mode; set batchnorm=eval")
+    return encoder
+
+
+__all__ = [
+    "L2",
+    "Attack",
+    "AttackConfig",
+    "Linf",
+    "PLBConfig",
+    "PerImageLoss",
+    "Threat",
+    "apgd",
+    "attacked",
+    "fgsm",
+    "image_keys",
+    "make_attack",
+    "pgd",
+    "plb",
+]

@@ -1,0 +1,69 @@
+"""Random numbers of an image as a pure function of its key: the same on any rank, in any batch, after any resume.
+
+The generator is SplitMix64 (Steele, Lea & Flood 2014): word j of an image is ``mix(mix(key) + (j + 1) γ)``, computed
+where the images lie, in 64-bit integers, so a start costs no transfer and no synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def image_keys(seed: int, step: int, index: Tensor) -> Tensor:
+    """Keys [B] int64 of the images ``index`` [B] (positions in the data set) at one step of training."""
+    device = index.device
+    start = _mix(_mix(torch.full((), _signed(seed), device=device)) + _signed(step))
+    return _mix(start + index.to(torch.int64))
+
+
+def restarted(keys: Tensor, restart: int) -> Tensor:
+    """Other keys for another start of the same images; restart 0 keeps them."""
+    return keys if restart == 0 else _mix(keys + restart)
+
+
+def uniform(keys: Tensor, like: Tensor) -> Tensor:
+    """Uniform numbers k/2²⁴ in [0, 1), of the shape, type and memory format of ``like`` [B, ...]."""
+    return _shaped(_high_bits(_words(keys, like)), like)
+
+
+def normal(keys: Tensor, like: Tensor) -> Tensor:
+    """Standard normal numbers (Box-Muller), of the shape, type and memory format of ``like`` [B, ...]."""
+    words = _words(keys, like)
+    radius = (-2 * (1 - _high_bits(words)).log()).sqrt()
+    return _shaped(radius * (2 * math.pi * _high_bits(words << 32)).cos(), like)
+
+
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def _words(keys: Tensor, like: Tensor) -> Tensor:
+    """64 random bits a value, [B, values]."""
+    count = math.prod(like.shape[1:])
+    counter = torch.arange(1, count + 1, device=like.device) * _signed(_GAMMA)
+    return _mix(_mix(keys.to(like.device))[:, None] + counter)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Right shift of the word as an unsigned one: PyTorch's keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return (word + 2**63) % 2**64 - 2**63
+
+
+def _high_bits(words: Tensor) -> Tensor:
+    return _shifted(words, 40).to(torch.float32) * 2.0**-24
+
+
+def _shaped(values: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like).copy_(values.view(like.shape))

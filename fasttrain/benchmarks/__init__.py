@@ -1,0 +1,1 @@
+"""Measurements: contestants that do the same work, timed alternately in one run."""

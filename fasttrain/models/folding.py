@@ -1,0 +1,69 @@
+"""Evaluation-mode BatchNorm folded into the convolutions before it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fasttrain.models import Encoder
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fold_batchnorm(encoder: Encoder) -> Encoder:
+    """A copy of the encoder in evaluation mode without its BatchNorms, for the many passes of an attack.
+
+    With s = γ / √(σ² + ε) a channel, from the running statistics and whatever mode the encoder is in::
+
+        BN(w ∗ x + b) = (s w) ∗ x + (β + s (b − μ))
+
+    It equals the encoder to rounding and is differentiable in the images. Its weights are constants, taken from the
+    encoder at this call: call again once they have changed (the cost is one pass over them). The encoder and its hooks
+    are left alone.
+
+    Raises:
+        ValueError: a BatchNorm that does not directly follow a convolution or a linear layer.
+    """
+    with torch.no_grad():
+        return _folded(encoder)
+
+
+def _folded(module: M) -> M:
+    """A copy in evaluation mode, its tensors shared or folded, none of them a parameter."""
+    twin = copy.copy(module)
+    # hooks belong to the original: an engine's would gather weights and reduce gradients
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(twin, hooks, {})
+    twin.training = False
+    twin._parameters = {}
+    twin._buffers = {name: p if p is None else p.detach() for name, p in module._parameters.items()} | module._buffers
+    twin._modules = {}
+    layer = None
+    for name, child in module._modules.items():
+        if isinstance(child, _BatchNorm):
+            if layer is None:
+                raise ValueError(f"cannot fold BatchNorm '{name}': no convolution or linear layer directly before it")
+            _fold(layer, child)
+            child = nn.Identity()
+        twin._modules[name] = child if child is None else _folded(child)
+        layer = twin._modules[name] if isinstance(child, (nn.Conv2d, nn.Linear)) else None
+    return twin
+
+
+def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+    bias = scale * bias
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    layer._buffers["weight"] = layer.weight * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+    layer._buffers["bias"] = bias
+
+
+__all__ = ["fold_batchnorm"]

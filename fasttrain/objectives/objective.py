@@ -1,0 +1,56 @@
+"""What an objective is, and what it may ask of the encoding it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasttrain.data import Batch
+from fasttrain.models import Encoded, Encoder
+
+Objective = Callable[[Encoded, Batch], Tensor]
+"""(Encoded views [V·B, ...], view-major, and their batch) -> a loss of this rank, whose mean over ranks is the loss.
+
+A vector holds one loss an image ([B]) or a row ([V·B]), each a function of its own image alone (BatchNorm aside); the
+loss is its mean. A scalar couples the images of the batch, as contrastive losses do.
+"""
+
+OneSided = Callable[[Encoded, Batch], Callable[[Encoded], Tensor]]
+"""(The other views [(V−1)·B, ...], held fixed, and their batch) -> (encoded attacked view [B, ...] -> its losses [B]).
+
+For attacks: an image's loss depends on that image alone, so the gradient of the sum has every image's own in its rows.
+What comes of the other views is detached, and gathered over the ranks once, not at each step of the attack.
+"""
+
+
+class Traits(NamedTuple):
+    """What the caller of an objective has to know; set as its attribute ``traits`` where it is not the default."""
+
+    image_gradient: bool = False  # differentiates by encoded.images, which must require gradients before encoding
+    full_precision: bool = False  # the encoding must not be autocast
+    stops_gradients: bool = False  # what autograd differentiates is not the derivative of the value
+
+
+def traits(objective: Objective) -> Traits:
+    """The objective's own, or the defaults of a plain function."""
+    return getattr(objective, "traits", Traits())
+
+
+def with_traits(objective: Objective, traits: Traits) -> Objective:
+    """``objective``, marked."""
+    objective.traits = traits  # type: ignore[attr-defined]
+    return objective
+
+
+def encode(encoder: Encoder, images: Tensor, objectives: Iterable[Objective]) -> Encoded:
+    """Encode images [N, 3, H, W] once for all ``objectives``, in the way that they ask for."""
+    asked = [traits(objective) for objective in objectives]
+    if any(one.image_gradient for one in asked) and not images.requires_grad:
+        images = images.detach().requires_grad_()
+    full = any(one.full_precision for one in asked)
+    with torch.autocast(images.device.type, enabled=False) if full else nullcontext():
+        return encoder(images)

@@ -1,0 +1,118 @@
+"""The supervised contrastive objective, and the one-sided InfoNCE of attacks, which is its special case."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasttrain.data import Batch
+from fasttrain.distributed import all_gather, rank
+from fasttrain.errors import UsageError
+from fasttrain.models import Encoded
+from fasttrain.objectives.objective import Objective, OneSided
+from fasttrain_kernels.ntxent.reference import unit_rows
+
+
+def sup_con(temperature: float) -> Objective:
+    """SupCon on the projections (Khosla et al. 2020, L_out): the mean over this rank's V·B rows.
+
+    With s(a, b) = cos(a, b) / τ, P(i) the rows other than i with i's label and j over all rows but i, of all ranks::
+
+        ℓ(i) = −1/|P(i)| Σ_{p in P(i)} s(i, p) + log Σ_{j ≠ i} exp s(i, j)        (0 where P(i) is empty)
+
+    An anchor without a positive (possible with one view) counts 0 and stays in the mean. With labels all different it
+    is NT-Xent. Conventions elsewhere: SupContrast multiplies by τ / 0.07, pytorch-metric-learning leaves such anchors
+    out of the mean. Over ranks as in :func:`~fasttrain.objectives.nt_xent`: exact where gradients are averaged.
+
+    Raises:
+        UsageError: an encoder without a projection head.
+    """
+
+    def objective(encoded: Encoded, batch: Batch) -> Tensor:
+        z = projections(encoded, len(batch.labels), "sup_con")
+        columns, labels = across_ranks(z), all_gather(batch.labels).flatten()
+        return sup_con_rows(z, batch.labels, temperature, columns, labels, rank() * z.shape[1]).mean()
+
+    return objective
+
+
+def sup_con_one_sided(temperature: float) -> OneSided:
+    """SupCon with the attacked view as anchor against the fixed views of all ranks, among which the anchor is not.
+
+    ℓ(i) = −1/|P(i)| Σ_{p in P(i)} s(i, p) + log Σ_j exp s(i, j), j over the (V−1)·W·B fixed rows, P(i) of i's label.
+    """
+
+    def against(fixed: Encoded, batch: Batch):
+        return _against(fixed, len(batch.labels), temperature, batch.labels, all_gather(batch.labels).flatten())
+
+    return against
+
+
+def info_nce(temperature: float) -> OneSided:
+    """InfoNCE's one side (van den Oord et al. 2018): the attacked view i against the fixed views of all ranks.
+
+    ℓ(i) = −s(i, i⁺) + log Σ_j exp s(i, j), with s(a, b) = cos(a, b) / τ, i⁺ the same image's fixed view (for V > 2 the
+    mean over its V−1 fixed views) and j over all (V−1)·W·B fixed rows, the positive among them.
+    """
+
+    def against(fixed: Encoded, batch: Batch):
+        images = len(batch.labels)
+        own = torch.arange(images, device=batch.labels.device) + rank() * images
+        return _against(fixed, images, temperature, own, all_gather(own).flatten())
+
+    return against
+
+
+def sup_con_rows(
+    rows: Tensor, labels: Tensor, temperature: float, columns: Tensor, column_labels: Tensor, offset: int | None
+) -> Tensor:
+    """L_out of each row [A, n], in float32 (float64 for float64 rows), autocast or not; any order of derivative.
+
+    Args:
+        rows: anchors [A, n, d] of A views, with labels [n]; they need not be normalised.
+        columns: [V, N, d] with labels [N].
+        offset: the anchors are the columns' images ``offset`` … ``offset + n``, and none is its own positive or
+            negative (A = V); ``None``: the anchors are not among the columns.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        anchors, n, _ = rows.shape
+        others = unit_rows(columns.to(dtype))
+        rows = others if rows is columns else unit_rows(rows.to(dtype))
+
+        same = (labels[:, None] == column_labels).to(dtype)  # [n, N]
+        positives = same @ others.sum(0)  # [n, d], the sum over all positives, which costs less than picking from s
+        count = same.sum(1) * len(others)
+        logits = (rows / temperature).flatten(0, 1) @ others.flatten(0, 1).T  # [A n, V N]
+        if offset is not None:
+            positives = positives - others[:, offset : offset + n]  # [V, n, d]: each without itself
+            count = count - 1
+            with torch.no_grad():  # exp(−∞) = 0 takes the row itself out of every sum and derivative
+                blocks = logits.view(anchors, n, len(others), -1)[:, :, :, offset:]
+                blocks.diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).fill_(-torch.inf)
+        attraction = (rows * positives).sum(-1) / (temperature * count.clamp(min=1))
+        return (logits.logsumexp(-1).view(anchors, n) - attraction).masked_fill(count == 0, 0)
+
+
+def projections(encoded: Encoded, images: int, objective: str) -> Tensor:
+    """Projections [V, B, D] in at least float32, cast before any gather so that its adjoint sums in float32."""
+    if encoded.projections is None:
+        raise UsageError(f"{objective} needs projections and the encoder has no head: set model.head.layers=2")
+    z = encoded.projections.unflatten(0, (-1, images))
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def across_ranks(z: Tensor) -> Tensor:
+    """[V, B, D] of each rank -> [V, W·B, D] of all; z itself where there is one rank."""
+    gathered = all_gather(z)
+    return z if len(gathered) == 1 else gathered.transpose(0, 1).flatten(1, 2)
+
+
+def _against(fixed: Encoded, images: int, temperature: float, labels: Tensor, column_labels: Tensor):
+    columns = across_ranks(projections(fixed, images, "this attack").detach())
+
+    def losses(attacked: Encoded) -> Tensor:
+        anchors = projections(attacked, images, "this attack")
+        return sup_con_rows(anchors, labels, temperature, columns, column_labels, None).squeeze(0)
+
+    return losses

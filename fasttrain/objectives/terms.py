@@ -1,0 +1,166 @@
+"""Settings of a term of the loss, and the tables that turn its names into functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
+
+import pydantic
+
+from fasttrain.config import Config
+from fasttrain.errors import UsageError
+from fasttrain.models import ModelConfig
+from fasttrain.objectives.cross_entropy import cross_entropy, cross_entropy_one_sided
+from fasttrain.objectives.gradient_penalty import (
+    Method,
+    Precision,
+    Scheme,
+    gradient_penalty,
+    layer_by_layer_penalty,
+)
+from fasttrain.objectives.layers import layer_by_layer
+from fasttrain.objectives.nt_xent import nt_xent
+from fasttrain.objectives.objective import Objective, OneSided
+from fasttrain.objectives.simsiam import simsiam, simsiam_one_sided
+from fasttrain.objectives.sup_con import info_nce, sup_con, sup_con_one_sided
+
+Weight = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+PerStage = tuple[Weight, Weight, Weight, Weight]
+
+
+class _Entry(NamedTuple):
+    objective: Callable[..., Objective]
+    one_sided: Callable[..., OneSided]
+    has_temperature: bool
+    needs: tuple[str, ...]  # keys of the model that must not be 0
+
+
+OBJECTIVES: dict[str, _Entry] = {
+    "nt_xent": _Entry(nt_xent, info_nce, True, ("head.layers",)),
+    "sup_con": _Entry(sup_con, sup_con_one_sided, True, ("head.layers",)),
+    "cross_entropy": _Entry(cross_entropy, cross_entropy_one_sided, False, ("classes",)),
+    "simsiam": _Entry(simsiam, simsiam_one_sided, False, ("head.layers", "head.predictor")),
+}
+
+
+class PenaltyConfig(Config):
+    """Tikhonov penalty on the gradient by the images; see :func:`gradient_penalty`."""
+
+    weight: Weight = 0.0
+    """λ of L + λ/2 R, the squared norm of the loss's gradient by the images; 0: no penalty."""
+    method: Method = "double_backward"
+    """double_backward (exact), or finite_difference: another regulariser, see its docstring for how far off."""
+    step: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    """finite_difference: L2 length an image is moved by, pixels in [0, 1]; null: 0.01."""
+    scheme: Scheme | None = None
+    """finite_difference: forward (one more pass) or central (two); null: forward."""
+    precision: Precision = "autocast"
+    """autocast as train.precision says, or fp32: bf16 is 8 % off where the penalty dominates."""
+
+    @pydantic.model_validator(mode="after")
+    def _steps_are_for_differences(self) -> PenaltyConfig:
+        for key in ("step", "scheme"):
+            if self.method != "finite_difference" and getattr(self, key) is not None:
+                raise ValueError(f"{key}={getattr(self, key)} means nothing to {self.method}: remove it")
+        return self
+
+    def options(self) -> dict:
+        """Keyword arguments of :func:`gradient_penalty` and :func:`layer_by_layer_penalty`."""
+        given = {"step": self.step, "scheme": self.scheme}
+        return {"method": self.method, "precision": self.precision} | {k: v for k, v in given.items() if v is not None}
+
+
+class LayersConfig(Config):
+    """Weights over the encoder's 4 stages; see :func:`layer_by_layer`."""
+
+    alpha: PerStage | None = None
+    """Weights of the loss at each of the 4 stages, growing; null: the encoder's output alone."""
+    beta: PerStage | None = None
+    """Weights of each stage's penalty, in place of penalty.weight/2; null: none."""
+
+    @pydantic.model_validator(mode="after")
+    def _penalties_have_losses(self) -> LayersConfig:
+        if self.beta is not None and self.alpha is None:
+            raise ValueError(
+                f"beta={self.beta} without alpha: give the losses' weights too, alpha=[0, 0, 0, 1] for one"
+            )
+        if self.alpha is not None and not any(self.alpha):
+            raise ValueError(f"alpha={self.alpha}: give at least one stage a weight")
+        return self
+
+
+class TermConfig(Config):
+    """One term of the loss: weight · (objective, on one or all stages, with or without a penalty)."""
+
+    objective: str = "nt_xent"
+    """nt_xent, sup_con, cross_entropy or simsiam."""
+    weight: float = pydantic.Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Factor on the term."""
+    temperature: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    """nt_xent, sup_con: temperature; null: 0.1."""
+    penalty: PenaltyConfig = PenaltyConfig()
+    """Penalty on the image gradient."""
+    layers: LayersConfig = LayersConfig()
+    """Losses and penalties layer by layer."""
+
+    @pydantic.field_validator("objective")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        if name not in OBJECTIVES:
+            raise ValueError(f"{name!r} does not exist: choose one of {', '.join(OBJECTIVES)}")
+        return name
+
+    @pydantic.model_validator(mode="after")
+    def _parts_fit(self) -> TermConfig:
+        if self.temperature is not None and not OBJECTIVES[self.objective].has_temperature:
+            raise ValueError(f"temperature={self.temperature}: {self.objective} has none, remove it")
+        if self.layers.beta is not None and self.penalty.weight:
+            raise ValueError(
+                f"penalty.weight={self.penalty.weight} and layers.beta={self.layers.beta} both weigh the penalty: "
+                "set penalty.weight=0"
+            )
+        try:
+            build_objective(self)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+def build_objective(config: TermConfig) -> Objective:
+    """The objective that ``config`` describes, its weight left to the caller.
+
+    Raises:
+        UsageError: a combination that the mathematics does not allow; see :func:`gradient_penalty`.
+    """
+    of = OBJECTIVES[config.objective].objective(*_temperature(config))
+    alpha, beta, penalty = config.layers.alpha, config.layers.beta, config.penalty
+    if beta is not None:
+        return layer_by_layer_penalty(of, alpha, beta, **penalty.options())
+    if alpha is not None:
+        of = layer_by_layer(of, alpha)
+    return gradient_penalty(of, penalty.weight, **penalty.options()) if penalty.weight else of
+
+
+def build_one_sided(config: TermConfig) -> OneSided:
+    """The loss by which an attack on one view, the others fixed, is to raise this term's objective."""
+    return OBJECTIVES[config.objective].one_sided(*_temperature(config))
+
+
+def check_model(config: TermConfig, model: ModelConfig) -> None:
+    """Refuse at start a model without the heads that the term needs.
+
+    Raises:
+        UsageError: naming the key to set.
+    """
+    has = {"head.layers": model.head.layers, "head.predictor": model.head.predictor, "classes": model.classes}
+    for key in OBJECTIVES[config.objective].needs:
+        if not has[key]:
+            raise UsageError(f"model.{key}=0: {config.objective} needs it, set model.{key}")
+    if config.layers.alpha is not None and not model.layer_heads:
+        raise UsageError("model.layer_heads=false: layer-by-layer losses need them, set model.layer_heads=true")
+
+
+def _temperature(config: TermConfig) -> tuple[float, ...]:
+    if not OBJECTIVES[config.objective].has_temperature:
+        return ()
+    return (0.1 if config.temperature is None else config.temperature,)
