@@ -15,10 +15,13 @@ import torch.distributed as dist
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from fasttrain import distributed
+from fasttrain import checkpoint, distributed
 from fasttrain.config import Config
 from fasttrain.data import Batch
+from fasttrain.data.loader import Loader
+from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
+from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
 from fasttrain.precision import Precision, autocast_dtype, decide
 from fasttrain.run import Run
 
@@ -207,13 +210,24 @@ class LossScale:
         )
 
 
-class Span(NamedTuple):
-    """Steps ``start`` to ``stop`` (not included), and the learning rate of each."""
+class Plan(NamedTuple):
+    """How many optimiser steps a run takes, and the learning rate of each."""
 
-    start: int
-    stop: int
+    steps: int
     steps_per_epoch: int
     learning_rate: Callable[[int], float]
+
+
+def plan(train: TrainConfig, optimizer: OptimizerConfig, order: Order) -> Plan:
+    """The plan that follows from the settings and the number of images.
+
+    Raises:
+        UsageError: the warm-up is not shorter than the run.
+    """
+    steps_per_epoch = len(order) // train.accumulation
+    steps = train.steps or train.epochs * steps_per_epoch
+    warmup = round(optimizer.warmup_epochs * steps_per_epoch)
+    return Plan(steps, steps_per_epoch, schedule(optimizer.peak(train.batch), warmup, steps))
 
 
 class StopRequest:
@@ -232,17 +246,60 @@ class StopRequest:
         self.received = True
 
 
+def fit(
+    module: nn.Module,
+    config: Any,
+    plan: Plan,
+    loader: Loader,
+    data: str,
+    run: Run,
+    device: torch.device,
+    evaluations: Sequence[Callback] = (),
+) -> bool:
+    """What every training script does: wrap, resume from the newest whole checkpoint, train, save.
+
+    Args:
+        module: a :class:`~fasttrain.step.TrainStep` on ``device``.
+        config: the run's whole configuration, with the sections ``train`` and ``optimizer``; saved with the run.
+        data: fingerprint of the training images, which a resumed run must see again.
+        evaluations: run before the first step too.
+
+    Returns:
+        True when the last step was done; False when a signal ended the run early.
+    """
+    optimizer = build_optimizer(config.optimizer, module, config.train.zero_stage, device)
+    engine = initialize(module, optimizer, config.train)
+    loss_scale = LossScale(engine) if config.train.precision == "fp16" else None
+    start = checkpoint.resume(run, engine, config, data, loss_scale)
+    run.open(config, start, plan.steps)
+
+    def save(step: int) -> None:
+        scale = {"loss_scale": loss_scale.state()} if loss_scale is not None else {}
+        state = {"config": config.model_dump(mode="json"), "data": data} | scale
+        checkpoint.save(run.checkpoints, engine, step, state, run.config.keep)
+
+    for evaluation in evaluations if start == 0 else ():
+        run.report(0, evaluation.function(0))
+    batches = loader.iterate(start * config.train.accumulation)
+    finished = train(engine, batches, config.train, plan, start, run, save, evaluations, loss_scale)
+    loader.close()
+    if not finished:
+        run.say(f"stopped by a signal; saved in {run.checkpoints}: the same command goes on from there")
+    return finished
+
+
 def train(
     engine,
     batches: Iterator[Batch],
     config: TrainConfig,
-    span: Span,
+    plan: Plan,
+    start: int,
     run: Run,
     save: Callable[[int], None],
     evaluations: Sequence[Callback] = (),
     loss_scale: LossScale | None = None,
 ) -> bool:
-    """Take the steps of ``span``; True when the last was done, False when a signal ended it early (and it is saved).
+    """Take the steps from ``start`` on; True when the last was done, False when a signal ended it early (it is saved).
 
     Raises:
         UsageError: the loss is not finite; on all ranks together, before the weights are touched.
@@ -250,10 +307,10 @@ def train(
     meter = Meter(config.batch)
     engine.train()
     with StopRequest() as stop:
-        for step in range(span.start, span.stop):
-            done, last = step + 1, step + 1 == span.stop
+        for step in range(start, plan.steps):
+            done, last = step + 1, step + 1 == plan.steps
             for group in engine.optimizer.param_groups:
-                group["lr"] = span.learning_rate(step)
+                group["lr"] = plan.learning_rate(step)
 
             seen, losses = [], []
             for micro in range(config.accumulation):
@@ -274,10 +331,10 @@ def train(
 
             run.progress(done)
             if done % run.config.log_every == 0 or last:
-                values = {"epoch": round(done / span.steps_per_epoch, 3), "loss": verdict.loss}
+                values = {"epoch": round(done / plan.steps_per_epoch, 3), "loss": verdict.loss}
                 values |= {f"loss/{name}": float(value) for name, value in terms.items() if len(terms) > 1}
                 values |= {"loss_scale": loss_scale.scale} if loss_scale is not None else {}
-                run.report(done, values | {"lr": span.learning_rate(step)} | meter.read())
+                run.report(done, values | {"lr": plan.learning_rate(step)} | meter.read())
             for evaluation in evaluations:
                 if done % evaluation.every == 0 or last:
                     with meter.paused():

@@ -11,13 +11,13 @@ SIGTERM or SIGUSR1 to a rank saves a checkpoint at the next step and exits with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import Field
 
-from fasttrain import checkpoint, cli, distributed, engine, export, plots
+from fasttrain import cli, distributed, engine, export, plots
 from fasttrain.config import Config
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
@@ -26,7 +26,7 @@ from fasttrain.data.order import Order
 from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.objectives import TermConfig, build_objective, check_model
-from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
+from fasttrain.optim import OptimizerConfig
 from fasttrain.precision import autocast_dtype
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
@@ -40,7 +40,7 @@ class PretrainConfig(Config):
     augment: AugmentConfig = AugmentConfig(size=32, jitter=0.5, blur=0.0, eval_crop=1.0)
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig = ModelConfig(arch="resnet18", stem="cifar", width=0.25, head=HeadConfig(width=128, out=64))
-    terms: dict[str, TermConfig] = {"simclr": TermConfig(objective="nt_xent", temperature=0.2)}
+    terms: dict[str, TermConfig] = Field({"simclr": TermConfig(objective="nt_xent", temperature=0.2)}, min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", lr=0.5, weight_decay=1e-4, warmup_epochs=1)
     train: engine.TrainConfig = engine.TrainConfig(epochs=24, batch=128)
     evaluate: EvaluateConfig = EvaluateConfig(every_epochs=4)
@@ -53,84 +53,43 @@ def pretrain(config: PretrainConfig) -> int:
     with Run(config.run) as run:
         parts = distributed.agree(lambda: build(config, device))
         run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
-
-        module = TrainStep(parts.encoder, parts.terms)
-        optimizer = build_optimizer(config.optimizer, module, config.train.zero_stage, device)
-        trainer = engine.initialize(module, optimizer, config.train)
-        loss_scale = engine.LossScale(trainer) if config.train.precision == "fp16" else None
-
-        state = {"config": config.model_dump(mode="json"), "data": parts.catalogs[0].fingerprint}
-        start = checkpoint.resume(run, trainer, config, state["data"], loss_scale)
-        run.open(config, start, parts.steps)
-
-        def save(step: int) -> None:
-            scale = {"loss_scale": loss_scale.state()} if loss_scale else {}
-            checkpoint.save(run.checkpoints, trainer, step, state | scale, config.run.keep)
-
-        evaluations = []
-        if config.evaluate.every_epochs:
-            every = max(1, round(config.evaluate.every_epochs * parts.steps_per_epoch))
-            evaluations = [engine.Callback(every, parts.knn)]
-            if start == 0:
-                run.report(0, parts.knn(0))
-
-        schedule = engine.Span(start, parts.steps, parts.steps_per_epoch, parts.learning_rate)
-        batches = parts.loader.iterate(start * config.train.accumulation)
-        finished = engine.train(trainer, batches, config.train, schedule, run, save, evaluations, loss_scale)
-        parts.loader.close()
-        if not finished:
-            run.say(f"stopped by a signal; saved in {run.checkpoints}: the same command goes on from there")
+        fingerprint = parts.catalogs[0].fingerprint
+        if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
             return cli.EXIT_SAVED_ON_SIGNAL
         if distributed.rank() == 0:
-            print(summary(run, export.export(parts.encoder, run.dir, step=parts.steps), plots.curves(run.dir)))
+            weights = export.export(parts.module.encoder, run.dir, step=parts.plan.steps)
+            print(summary(run, weights, plots.curves(run.dir)))
     return 0
 
 
 class Parts(NamedTuple):
-    catalogs: tuple[Catalog, ...]
+    catalogs: list[Catalog]
     loader: Loader
-    encoder: Encoder
-    terms: list[Term]
-    knn: OnlineKNN
-    learning_rate: Callable[[int], float]
-    steps_per_epoch: int
-    steps: int
+    module: TrainStep
+    plan: engine.Plan
+    evaluations: list[engine.Callback]
 
 
 def build(config: PretrainConfig, device: torch.device) -> Parts:
     """All that can be wrong about the configuration or the data is found here, before ranks wait for each other."""
     rank, world = distributed.rank(), distributed.world_size()
-    catalogs = (open_catalog(config.data, "train"), open_catalog(config.data, "val"))
-    order = Order(
-        catalogs[0].indices, config.run.seed, config.train.micro_batch(world) * world, config.train.accumulation
-    )
-    steps_per_epoch = len(order) // config.train.accumulation
-    steps = config.train.steps or config.train.epochs * steps_per_epoch
-    warmup = round(config.optimizer.warmup_epochs * steps_per_epoch)
-    learning_rate = schedule(config.optimizer.peak(config.train.batch), warmup, steps)
+    roles = ("train", "val") if config.evaluate.every_epochs else ("train",)
+    catalogs = [open_catalog(config.data, role) for role in roles]
+    micro_batch = config.train.micro_batch(world) * world
+    order = Order(catalogs[0].indices, config.run.seed, micro_batch, config.train.accumulation)
+    plan = engine.plan(config.train, config.optimizer, order)
     for term in config.terms.values():
         check_model(term, config.model)
-    terms = [Term(name, build_objective(term), term.weight) for name, term in config.terms.items()]
     encoder = Encoder(config.model).to(device)
+    terms = [Term(name, build_objective(term), term.weight) for name, term in config.terms.items()]
     augment = SimCLR(config.augment, config.run.seed)
-    return Parts(
-        catalogs,
-        make_loader(config.loader, catalogs[0], order, augment, device, rank, world),
-        encoder,
-        terms,
-        OnlineKNN(
-            config.evaluate,
-            catalogs,
-            config.augment,
-            config.loader,
-            encoder,
-            device,
-            autocast_dtype(config.train.precision),
-        ),
-        learning_rate,
-        steps_per_epoch,
-        steps,
-    )
+    loader = make_loader(config.loader, catalogs[0], order, augment, device, rank, world)
+    evaluations = []
+    if config.evaluate.every_epochs:
+        autocast = autocast_dtype(config.train.precision)
+        knn = OnlineKNN(config.evaluate, catalogs, config.augment, config.loader, encoder, device, autocast)
+        evaluations = [engine.Callback(max(1, round(config.evaluate.every_epochs * plan.steps_per_epoch)), knn)]
+    return Parts(catalogs, loader, TrainStep(encoder, terms), plan, evaluations)
 
 
 def summary(run: Run, weights: Path, picture: Path) -> str:

@@ -155,7 +155,7 @@ def trained_in_ranks(case: Case) -> list[dict[str, torch.Tensor]]:
 
 
 def scaled(stage: int) -> tuple[dict[str, torch.Tensor], list[float], bool]:
-    """Weights after the steps in fp16; then the scale before and after a step that overflows, and whether it was skipped."""
+    """Weights after the steps in fp16; the scale before and after a step that overflows; whether that was skipped."""
     distributed.initialize("cpu")
     case = Case(stage, optimizer="sgd", precision="fp16")
     trainer, _ = build(case)

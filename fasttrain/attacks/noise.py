@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 
-def image_keys(seed: int, step: int, index: Tensor) -> Tensor:
-    """Keys [B] int64 of the images ``index`` [B] (positions in the data set) at one step of training."""
+def image_keys(seed: int, step: int | Tensor, index: Tensor) -> Tensor:
+    """Keys [B] int64 of the images ``index`` [B] (positions in the data set) at one step of training.
+
+    A step that is a tensor (int64, of one element) is not read on the host.
+    """
     device = index.device
-    start = _mix(_mix(torch.full((), _signed(seed), device=device)) + _signed(step))
+    step = step.to(device) if isinstance(step, Tensor) else _signed(step)
+    start = _mix(_mix(torch.full((), _signed(seed), device=device)) + step)
     return _mix(start + index.to(torch.int64))
 
 

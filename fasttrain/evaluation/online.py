@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -33,7 +35,7 @@ class OnlineKNN:
     def __init__(
         self,
         config: EvaluateConfig,
-        catalogs: tuple[Catalog, Catalog],
+        catalogs: Sequence[Catalog],
         augment: AugmentConfig,
         loader: LoaderConfig,
         encoder: Encoder,

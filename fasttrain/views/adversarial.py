@@ -1,0 +1,62 @@
+"""Views that an attack makes, pixel by pixel."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fasttrain.attacks import AttackConfig, attacked, image_keys, make_attack
+from fasttrain.data import Batch
+from fasttrain.models import Encoder, frozen_statistics
+from fasttrain.objectives import OneSided
+from fasttrain.views.view import put, take
+
+
+def adversarial(attack: AttackConfig, against: OneSided, seed: int, index: int = 0) -> Adversarial:
+    """The batch with one view moved, inside its threat model, to where ``against`` is high.
+
+    With x the view, x⁺ the others, φ the encoder and ℓ the one-sided loss that ``against`` makes of φ(x⁺), batch::
+
+        view(x, x⁺) = (z, x⁺),      z ≈ argmax ℓ(φ(x')) over x' in B(x) ∩ [0, 1]
+
+    φ(x⁺) is computed, and gathered over the ranks, once a batch; of a batch of one view there is none, and ``against``
+    gets ``None`` for it. What comes back is a constant: an objective on it trains the encoder on the images as they are
+    (Lubana & Aldeeb, section 3.2; Madry et al. 2018). Running statistics are left alone, weights get no gradient, and
+    every rank takes the same steps. Under autocast the attack is autocast too.
+
+    Random starts are a function of (``seed``, how often the view was called, position of the image in the data set);
+    the count is a buffer, so a resumed run continues it, and any number of ranks draws the same.
+
+    Args:
+        attack: which, how far, and the BatchNorm mode in which φ is attacked; "train" takes the statistics of x' and of
+            x⁺ apart.
+        against: what to raise; :func:`~fasttrain.objectives.build_one_sided` has that of each objective.
+        index: which of the batch's views.
+
+    Raises:
+        UsageError: the batch has no such view (on the call).
+    """
+    return Adversarial(attack, against, seed, index)
+
+
+class Adversarial(nn.Module):
+    """See :func:`adversarial`."""
+
+    def __init__(self, attack: AttackConfig, against: OneSided, seed: int, index: int) -> None:
+        super().__init__()
+        self.attack, self.batchnorm = make_attack(attack), attack.batchnorm
+        self.against, self.seed, self.index = against, seed, index
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, encoder: Encoder, batch: Batch) -> Batch:
+        images, others = take(batch, self.index)
+        model = attacked(encoder, self.batchnorm)
+        with torch.no_grad(), frozen_statistics():
+            fixed = model(torch.cat(others)) if others else None
+        loss = self.against(fixed, batch)
+        keys = image_keys(self.seed, self.calls, batch.index)
+        self.calls += 1
+        return put(batch, self.index, self.attack(lambda x: loss(model(x)), images, keys))
+
+
+__all__ = ["Adversarial", "adversarial"]
