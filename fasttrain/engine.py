@@ -226,8 +226,8 @@ def plan(train: TrainConfig, optimizer: OptimizerConfig, order: Order) -> Plan:
     """
     steps_per_epoch = len(order) // train.accumulation
     steps = train.steps or train.epochs * steps_per_epoch
-    warmup = round(optimizer.warmup_epochs * steps_per_epoch)
-    return Plan(steps, steps_per_epoch, schedule(optimizer.peak(train.batch), warmup, steps))
+    learning_rate = schedule(optimizer.peak(train.batch), optimizer.warmup(steps_per_epoch), steps)
+    return Plan(steps, steps_per_epoch, learning_rate)
 
 
 class StopRequest:
@@ -310,7 +310,7 @@ def train(
         for step in range(start, plan.steps):
             done, last = step + 1, step + 1 == plan.steps
             for group in engine.optimizer.param_groups:
-                group["lr"] = plan.learning_rate(step)
+                group["lr"] = plan.learning_rate(step) * group.get("lr_factor", 1.0)
 
             seen, losses = [], []
             for micro in range(config.accumulation):
@@ -332,7 +332,8 @@ def train(
             run.progress(done)
             if done % run.config.log_every == 0 or last:
                 values = {"epoch": round(done / plan.steps_per_epoch, 3), "loss": verdict.loss}
-                values |= {f"loss/{name}": float(value) for name, value in terms.items() if len(terms) > 1}
+                if len(terms) > 1:  # a view's values come under their own full names
+                    values |= {n if n.startswith("view/") else f"loss/{n}": float(v) for n, v in terms.items()}
                 values |= {"loss_scale": loss_scale.scale} if loss_scale is not None else {}
                 run.report(done, values | {"lr": plan.learning_rate(step)} | meter.read())
             for evaluation in evaluations:

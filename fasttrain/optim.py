@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fasttrain.config import Config
@@ -39,8 +39,22 @@ class OptimizerConfig(Config):
     "eta of lars"
     warmup_epochs: float = Field(10, ge=0)
     "epochs of linear warm-up, then one cosine to zero"
+    warmup_steps: int = Field(0, ge=0)
+    "steps of linear warm-up, in place of epochs: with warmup_epochs=0"
     implementation: Literal["auto", "torch", "apex"] = "auto"
     "auto: torch's fused kernels where the device has them; apex: NVIDIA apex's (adamw, sgd)"
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> OptimizerConfig:
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs:g} and warmup_steps={self.warmup_steps}: set one of them to 0"
+            )
+        return self
+
+    def warmup(self, steps_per_epoch: int) -> int:
+        """Steps of warm-up."""
+        return self.warmup_steps or round(self.warmup_epochs * steps_per_epoch)
 
     def peak(self, batch: int) -> float:
         """Learning rate after warm-up, for a global batch of ``batch`` images (all ranks, all accumulation steps)."""
@@ -51,7 +65,8 @@ def schedule(peak: float, warmup: int, total: int) -> Callable[[int], float]:
     """Learning rate of step t = 0, 1, ...: ``peak (t+1)/W`` for t < W, then ``peak/2 (1 + cos(pi (t-W)/(T-W)))``."""
     if warmup >= total > 0:
         raise UsageError(
-            f"optimizer.warmup_epochs gives {warmup} steps of warm-up in a run of {total}: lower it, or train longer"
+            f"{warmup} steps of warm-up in a run of {total}: lower optimizer.warmup_epochs (or warmup_steps), or train "
+            "longer"
         )
 
     def learning_rate(step: int) -> float:
@@ -65,10 +80,16 @@ def schedule(peak: float, warmup: int, total: int) -> Callable[[int], float]:
 def build_optimizer(config: OptimizerConfig, model: nn.Module, zero_stage: int, device: torch.device):
     """The optimiser over ``model``'s trainable parameters; biases and BatchNorm's (ndim <= 1) are not decayed.
 
+    A module with an attribute ``lr_factor`` (an adversary) has a group of its own: nothing of it is decayed or adapted,
+    and its learning rate is that factor times the schedule's.
+
     ZeRO stages 1 and 2 hand an optimiser one flat partition a parameter *group*; LARS needs the norms of tensors, so
     there it gets one group a parameter, and sums squares over the ranks.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parts = [module for module in model.modules() if hasattr(module, "lr_factor")]
+    apart = [{"params": [*m.parameters()], "weight_decay": 0.0, "lr_factor": m.lr_factor} for m in parts]
+    own = {p for group in apart for p in group["params"]}
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in own]
     kernels = [p for p in parameters if p.ndim > 1]
     gains = [p for p in parameters if p.ndim <= 1]
     if config.name == "lars":
@@ -77,8 +98,9 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, zero_stage: int, 
         split = zero_stage > 0
         groups = [{"params": [p], "adapt": True} for p in kernels] if split else [{"params": kernels, "adapt": True}]
         groups += [{"params": [p], "adapt": False} for p in gains] if split else [{"params": gains, "adapt": False}]
+        groups += [group | {"adapt": False} for group in apart]
         return LARS(groups, config.lr, config.momentum, config.weight_decay, config.trust_coefficient, sharded=split)
-    groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}, *apart]
     groups = [group for group in groups if group["params"]]
     if config.implementation == "apex":
         optimizers = require_apex()

@@ -45,7 +45,8 @@ class TrainStep(nn.Module):
         self.views = nn.ModuleDict({term.name: term.view for term in terms if isinstance(term.view, nn.Module)})
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss (scalar) and each term's own value (detached, unweighted), by name."""
+        """Return the loss (scalar) and what to log of it, detached: each term's own value (unweighted) by its name,
+        and what its view reports as ``view/<term>/<name>``."""
         if self.prepare is not None:
             batch = self.prepare(batch)
         encodings: dict[View, tuple[Encoded, Batch]] = {}
@@ -58,4 +59,7 @@ class TrainStep(nn.Module):
             value = term.objective(*encodings[term.view]).mean()
             values[term.name] = value.detach()
             loss = loss + term.weight * value
+        for name, view in self.views.items():
+            scalars = view.scalars() if hasattr(view, "scalars") else {}
+            values |= {f"view/{name}/{key}": scalar for key, scalar in scalars.items()}
         return loss, values

@@ -1,8 +1,9 @@
-"""Evaluate an encoder: kNN, or a linear probe on its frozen features.
+"""Evaluate an encoder: kNN, a linear probe on its frozen features, or that probe's accuracy under attack.
 
   python launch/eval.py knn    runs/pretrain                              a run's folder, on the run's own data
   python launch/eval.py linear runs/pretrain data.root=/data/cifar10
   python launch/eval.py linear resnet50.pth model.arch=resnet50 data.root=/data/imagenet augment.size=224
+  python launch/eval.py robust runs/finetune robust.attack.eps_255=4 robust.attack.steps=50 robust.images=1000
   torchrun --nproc-per-node 8 launch/eval.py knn …                        features and bank sharded over the ranks
 
 Features are extracted once. The table is printed and written as JSON, by default beside what is evaluated.
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.nn.functional as F
 import yaml
 from pydantic import Field
 
@@ -23,9 +26,11 @@ from fasttrain.config import Config
 from fasttrain.data.augment import AugmentConfig
 from fasttrain.data.catalog import DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig
+from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.knn import KNNConfig, knn
-from fasttrain.evaluation.linear import LinearConfig, linear_probe
-from fasttrain.evaluation.online import catalog_features, thin
+from fasttrain.evaluation.linear import LinearConfig, fit_classifier, linear_probe
+from fasttrain.evaluation.online import catalog_features, evaluation_batches, thin
+from fasttrain.evaluation.robust import RobustConfig, robust_accuracy
 from fasttrain.export import load_encoder
 from fasttrain.models import ModelConfig
 from fasttrain.precision import Precision, autocast_dtype, decide
@@ -34,8 +39,8 @@ from fasttrain.precision import Precision, autocast_dtype, decide
 class EvalConfig(Config):
     """What to evaluate, how and on what."""
 
-    task: Literal["knn", "linear"]
-    "knn or linear; the first argument"
+    task: Literal["knn", "linear", "robust"]
+    "knn, linear or robust; the first argument"
     source: str
     "a run's folder or a weights file; the second argument"
     output: str | None = None
@@ -55,6 +60,7 @@ class EvalConfig(Config):
     loader: LoaderConfig = LoaderConfig()
     knn: KNNConfig = KNNConfig()
     linear: LinearConfig = LinearConfig()
+    robust: RobustConfig = RobustConfig()
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -62,13 +68,23 @@ def evaluate(config: EvalConfig) -> None:
     began = time.perf_counter()
     encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
     catalogs = distributed.agree(lambda: [open_catalog(config.data, role) for role in ("train", "val")])
-    shares = [thin(catalogs[0].indices, config.bank), catalogs[1].indices]
     autocast = autocast_dtype(decide(config.precision, device))
-    train, val = (
-        catalog_features(encoder, catalog, indices, config.batch, config.augment, config.loader, device, autocast)
-        for catalog, indices in zip(catalogs, shares, strict=True)
-    )
-    found = knn(train, val, config.knn) if config.task == "knn" else linear_probe(train, val, config.linear)
+    shares = [thin(catalogs[0].indices, config.bank), catalogs[1].indices]
+    crop = config.augment, config.loader, device
+
+    def features(split: int) -> Features:
+        return catalog_features(encoder, catalogs[split], shares[split], config.batch, *crop, autocast)
+
+    if config.task == "knn":
+        found = knn(features(0), features(1), config.knn)
+    elif config.task == "linear":
+        found = linear_probe(features(0), features(1), config.linear)
+    else:
+        probe = fit_classifier(features(0), len(catalogs[0].classes), config.linear)
+        shares[1] = thin(shares[1], config.robust.images)
+        with evaluation_batches(catalogs[1], shares[1], config.batch, *crop) as batches:
+            classify = partial(F.linear, weight=probe.weight, bias=probe.bias)
+            found = robust_accuracy(encoder, classify, batches, config.robust.attack, device, autocast)
     if distributed.rank() != 0:
         return
     table = {
@@ -76,6 +92,7 @@ def evaluate(config: EvalConfig) -> None:
         "train": {"where": str(catalogs[0].root), "images": len(shares[0])},
         "val": {"where": str(catalogs[1].root), "images": len(shares[1])},
         **found._asdict(),
+        **({"attack": config.robust.attack.model_dump()} if config.task == "robust" else {}),
         "seconds": round(time.perf_counter() - began, 1),
     }
     source = Path(config.source)

@@ -12,9 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from safetensors.torch import load_file
 
 from fasttrain import cli
@@ -33,19 +31,6 @@ SMALL = [
     "run.log_every=1",
     "loader.threads=1",
 ]
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
-    """Two classes, 12 training and 6 validation images each, of random blobs."""
-    root, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 6)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                small = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-                small.resize((24, 20), Image.BICUBIC).save(root / split / name / f"{i}.jpg")
-    return root
 
 
 def script(name: str):

@@ -57,7 +57,7 @@ def apply_torch(images: Tensor, draws: Draws) -> Tensor:
         other = torch.where(operation == 0, torch.zeros_like(other), other)
         factor = torch.where(operation == 0, brightness, torch.where(operation == 1, contrast, saturation))
         blended = (factor * x + (1 - factor) * other).clamp_(0, 1)
-        x = torch.where(operation == 3, _rotate_hue(x, hue), blended)
+        x = torch.where(operation == 3, rotate_hue(x, hue), blended)
     if draws.grey.any():
         x = torch.where(column(draws.grey), luma(x), x)
     blurred = np.flatnonzero(draws.sigma > 0)
@@ -76,7 +76,7 @@ def _taps(sigma: np.ndarray, radius: int) -> np.ndarray:
     return (taps / (2 * taps.sum(axis=1, keepdims=True) - taps[:, :1])).astype(np.float32)
 
 
-def _rotate_hue(x: Tensor, turns: Tensor) -> Tensor:
+def rotate_hue(x: Tensor, turns: Tensor) -> Tensor:
     """HSV's hue h turned, without its six sectors: RGB = V - C clamp(min(k, 4 - k), 0, 1), k = (5, 3, 1) + 6 h modulo
     6, V the largest channel, and C what the smallest lacks of it."""
     red, green, blue = x.unbind(-1)
@@ -210,7 +210,7 @@ def _jitter(row, order, factors, mean):
                 blue[x] = min(max(blue[x] * factor + other, _ZERO), _ONE)
         elif operation == 3 and factor != _ZERO:
             turn = _SIX * factor
-            for x in range(width):  # as _rotate_hue above
+            for x in range(width):  # as rotate_hue above
                 r, g, b = red[x], green[x], blue[x]
                 value = max(r, max(g, b))
                 chroma = value - min(r, min(g, b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated, NamedTuple
 
 import pydantic
@@ -54,19 +55,40 @@ def linear_probe(train: Features, val: Features, config: LinearConfig | None = N
     for name, part in (("training", train), ("validation", val)):
         if not _total(part.labels):
             raise UsageError(f"the linear probe has 0 {name} images: give a data set with a {name} split")
-    classes = count_classes(train.labels, val.labels)
-    train, val = _standardise(train, val)
+    found = fit_classifier(train, count_classes(train.labels, val.labels), config)
+    accuracies = (_accuracy(part, found.weight, found.bias) for part in (train, val))
+    return LinearAccuracy(*chain(*accuracies), found.l2, found.held_out)
 
+
+class Classifier(NamedTuple):
+    """W x + b, for features as they are; what standardised them is part of it."""
+
+    weight: Tensor  # [C, F]
+    bias: Tensor  # [C]
+    l2: float
+    held_out: dict[float, float]  # held-out top-1 of each l2
+
+
+@torch.no_grad()
+def fit_classifier(train: Features, classes: int, config: LinearConfig) -> Classifier:
+    """The classifier of :func:`linear_probe`, the same on every rank.
+
+    Raises:
+        UsageError: no image left on one side of the held-out split.
+    """
+    mean, deviation = _moments(train)
+    standard = train._replace(features=(train.features - mean) / deviation)
     choice: dict[float, float] = {}
     if len(config.l2) > 1:
-        fitting, choosing = _split(train, config.held_out)
-        weight, bias = _zeros(train, classes)
+        fitting, choosing = _split(standard, config.held_out)
+        weight, bias = _zeros(standard, classes)
         for l2 in sorted(config.l2, reverse=True):  # each fit starts from the one more strongly decayed
             weight, bias = fit(fitting, weight, bias, l2, config.iterations)
             choice[l2] = _accuracy(choosing, weight, bias)[0]
     l2 = max(choice, key=choice.__getitem__) if choice else config.l2[0]
-    weight, bias = fit(train, *_zeros(train, classes), l2, config.iterations)
-    return LinearAccuracy(*_accuracy(train, weight, bias), *_accuracy(val, weight, bias), l2, choice)
+    weight, bias = fit(standard, *_zeros(standard, classes), l2, config.iterations)
+    weight = weight / deviation
+    return Classifier(weight, bias - weight @ mean, l2, choice)
 
 
 def fit(samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
@@ -102,12 +124,12 @@ def fit(samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: 
     return weight.detach(), bias.detach()
 
 
-def _standardise(train: Features, val: Features) -> tuple[Features, Features]:
-    count = _total(train.labels)
-    mean = all_reduce(train.features.sum(0)) / count
-    deviation = (all_reduce((train.features - mean).square().sum(0)) / count).sqrt()
-    deviation = deviation.masked_fill(deviation == 0, 1)  # a constant feature says nothing: it becomes 0
-    return tuple(part._replace(features=(part.features - mean) / deviation) for part in (train, val))
+def _moments(samples: Features) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature over all ranks' samples."""
+    count = _total(samples.labels)
+    mean = all_reduce(samples.features.sum(0)) / count
+    deviation = (all_reduce((samples.features - mean).square().sum(0)) / count).sqrt()
+    return mean, deviation.masked_fill(deviation == 0, 1)  # a constant feature says nothing: it becomes 0
 
 
 def _split(samples: Features, share: float) -> tuple[Features, Features]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from fasttrain import distributed
 from fasttrain.config import Config
+from fasttrain.data import Batch
 from fasttrain.data.augment import AugmentConfig, CentreCrop
 from fasttrain.data.catalog import Catalog
 from fasttrain.data.loader import LoaderConfig, make_loader
@@ -67,11 +69,25 @@ def catalog_features(
     autocast: torch.dtype | None = None,
 ) -> Features:
     """This rank's share of the features of ``indices``, seen through the evaluation crop."""
+    with evaluation_batches(catalog, indices, batch, augment, loader, device) as batches:
+        return extract(encoder, batches, device, autocast)
+
+
+@contextmanager
+def evaluation_batches(
+    catalog: Catalog,
+    indices: np.ndarray,
+    batch: int,
+    augment: AugmentConfig,
+    loader: LoaderConfig,
+    device: torch.device,
+) -> Iterator[Iterator[Batch]]:
+    """This rank's share of ``indices``, in order, ``batch`` images at a time, seen through the evaluation crop."""
     rank, world = distributed.rank(), distributed.world_size()
     order = Order(indices, seed=0, batch=batch * world, shuffle=False, drop_last=False)
     reader = make_loader(loader, catalog, order, CentreCrop(augment), device, rank, world)
     try:
-        return extract(encoder, reader.iterate(), device, autocast)
+        yield reader.iterate()
     finally:
         reader.close()
 

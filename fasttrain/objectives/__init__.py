@@ -1,6 +1,7 @@
 """Objectives: pure functions (encoded views, batch) -> a scalar, or one loss an image; and what wraps them."""
 
 from fasttrain.objectives.cross_entropy import cross_entropy, cross_entropy_one_sided
+from fasttrain.objectives.fare import FareConfig, Reference, fare, fare_one_sided, surrogate_one_sided
 from fasttrain.objectives.gradient_penalty import gradient_penalty, layer_by_layer_penalty
 from fasttrain.objectives.layers import layer_by_layer
 from fasttrain.objectives.nt_xent import NTXentConfig, nt_xent
@@ -17,11 +18,13 @@ from fasttrain.objectives.terms import (
 )
 
 __all__ = [
+    "FareConfig",
     "LayersConfig",
     "NTXentConfig",
     "Objective",
     "OneSided",
     "PenaltyConfig",
+    "Reference",
     "TermConfig",
     "Traits",
     "build_objective",
@@ -30,6 +33,8 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_one_sided",
     "encode",
+    "fare",
+    "fare_one_sided",
     "gradient_penalty",
     "info_nce",
     "layer_by_layer",
@@ -39,5 +44,6 @@ __all__ = [
     "simsiam_one_sided",
     "sup_con",
     "sup_con_one_sided",
+    "surrogate_one_sided",
     "traits",
 ]

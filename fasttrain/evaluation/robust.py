@@ -1,0 +1,117 @@
+"""Accuracy of a linear classifier on an encoder's features, clean and under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from fasttrain.attacks import AttackConfig, attacked, image_keys, make_attack
+from fasttrain.attacks.losses import cross_entropy
+from fasttrain.config import Config
+from fasttrain.data import Batch
+from fasttrain.data.augment import AugmentConfig
+from fasttrain.data.catalog import Catalog
+from fasttrain.data.loader import LoaderConfig
+from fasttrain.distributed import all_reduce
+from fasttrain.errors import UsageError
+from fasttrain.evaluation.online import evaluation_batches, thin
+from fasttrain.models import Encoder
+
+
+class RobustConfig(Config):
+    """How robust accuracy is measured."""
+
+    attack: AttackConfig = AttackConfig()
+    """On the classifier's cross-entropy."""
+    images: int | None = Field(None, ge=1)
+    """Validation images to attack, evenly spaced over the listing; null: all."""
+
+    @field_validator("attack")
+    @classmethod
+    def _attacks_what_is_evaluated(cls, attack: AttackConfig) -> AttackConfig:
+        if attack.batchnorm == "train":
+            raise ValueError("batchnorm=train attacks another network than is evaluated: set batchnorm=eval")
+        return attack
+
+
+class RobustAccuracy(NamedTuple):
+    """Shares of the images in [0, 1]."""
+
+    clean_top1: float
+    robust_top1: float
+    images: int
+
+
+def robust_accuracy(
+    encoder: Encoder,
+    classifier: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    attack: AttackConfig,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> RobustAccuracy:
+    """Shares of images that ``classifier(encoder(x).features)`` gets right, and that it gets right under attack too.
+
+    The attack raises the cross-entropy of encoder and classifier in evaluation mode, both of which it knows; an image
+    that is wrong without an attack counts as wrong under it. Random starts are a function of an image's index alone, so
+    each call, on any number of ranks, meets the same attacker. Ranks may have shares of different length.
+
+    Args:
+        classifier: features [B, F] -> logits [B, C].
+        batches: this rank's; view 0 is taken.
+
+    Raises:
+        UsageError: no image on any rank.
+    """
+    attack_images, model = make_attack(attack), attacked(encoder)
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # clean, robust, all
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for batch in batches:
+            images, labels, index = (x.to(device, non_blocking=True) for x in (batch.images[0], *batch[1:3]))
+            if len(labels):
+                moved = attack_images(
+                    lambda x, labels=labels: cross_entropy(classifier(model(x).features), labels),
+                    images,
+                    image_keys(0, 0, index),
+                )
+                with torch.no_grad():
+                    clean, robust = (classifier(model(x).features).argmax(1) == labels for x in (images, moved))
+                counts += torch.stack([clean.sum(), (clean & robust).sum(), torch.ones_like(labels).sum()])
+    clean, robust, total = all_reduce(counts).tolist()
+    if not total:
+        raise UsageError("robust accuracy has 0 validation images: give a data set with a validation split")
+    return RobustAccuracy(clean / total, robust / total, total)
+
+
+class OnlineRobust:
+    """``(step) -> {"clean_top1": …, "robust_top1": …}`` of the encoder as it stands; a callback, run by all ranks."""
+
+    def __init__(
+        self,
+        config: RobustConfig,
+        batch: int,
+        catalog: Catalog,
+        augment: AugmentConfig,
+        loader: LoaderConfig,
+        encoder: Encoder,
+        classifier: Callable[[Tensor], Tensor],
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.config, self.batch, self.catalog, self.augment, self.loader = config, batch, catalog, augment, loader
+        self.encoder, self.classifier, self.device, self.autocast = encoder, classifier, device, autocast
+
+    def __call__(self, step: int) -> dict[str, float]:
+        indices = thin(self.catalog.indices, self.config.images)
+        with evaluation_batches(self.catalog, indices, self.batch, self.augment, self.loader, self.device) as batches:
+            found = robust_accuracy(
+                self.encoder, self.classifier, batches, self.config.attack, self.device, self.autocast
+            )
+        return {"clean_top1": found.clean_top1, "robust_top1": found.robust_top1}
+
+
+__all__ = ["OnlineRobust", "RobustAccuracy", "RobustConfig", "robust_accuracy"]

@@ -1,0 +1,187 @@
+"""Make an encoder robust by FARE: keep the embeddings of attacked images where the clean ones were.
+
+  deepspeed launch/finetune.py source=runs/pretrain                       a run's folder, on the run's own data
+  deepspeed launch/finetune.py configs/finetune/fare_cifar10.yaml source=runs/simclr_cifar10 data.root=/data/cifar10
+  deepspeed launch/finetune.py configs/finetune/fare_imagenet.yaml source=resnet50.pth model.arch=resnet50
+  torchrun --nproc-per-node 8 launch/finetune.py ...                      the same under torchrun
+
+First a YAML file (optional), then key=value with dots. The same command run again goes on from its last checkpoint.
+SIGTERM or SIGUSR1 to a rank saves a checkpoint at the next step and exits with code 75; a mistake exits with code 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from pydantic import Field
+from torch import nn
+
+from fasttrain import cli, distributed, engine, export, plots
+from fasttrain.attacks import AttackConfig
+from fasttrain.config import Config
+from fasttrain.data.augment import AugmentConfig, SimCLR
+from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
+from fasttrain.data.loader import Loader, LoaderConfig, make_loader
+from fasttrain.data.order import Order
+from fasttrain.evaluation.linear import LinearConfig, fit_classifier
+from fasttrain.evaluation.online import catalog_features, thin
+from fasttrain.evaluation.robust import OnlineRobust, RobustConfig
+from fasttrain.export import load_encoder
+from fasttrain.models import Encoder, ModelConfig
+from fasttrain.models.reference import keep_in_evaluation
+from fasttrain.objectives import FareConfig, Reference, fare, fare_one_sided, surrogate_one_sided
+from fasttrain.optim import OptimizerConfig
+from fasttrain.precision import autocast_dtype
+from fasttrain.run import Run, RunConfig, read_metrics
+from fasttrain.step import Term, TrainStep
+from fasttrain.views import adversarial
+
+PANELS = (("loss", "loss"), ("clean_top1", "clean accuracy"), ("robust_top1", "robust accuracy"))
+
+
+class ClassifierConfig(Config):
+    """The linear classifier that accuracies are measured with, fitted once, to the source's clean features."""
+
+    bank: int | None = Field(None, ge=1)
+    "training images to fit it to, evenly spaced over the listing; null: all"
+    batch: int = Field(256, ge=1)
+    "images each rank encodes (or, in an evaluation, attacks) at a time"
+    linear: LinearConfig = LinearConfig()
+
+
+class OnlineRobustConfig(RobustConfig):
+    """Clean and robust accuracy while training."""
+
+    every_steps: int = Field(1000, ge=0)
+    "steps between two evaluations (and before the first step and after the last); 0: never"
+
+
+class FinetuneConfig(Config):
+    """Every part's own settings; the defaults are the paper's for CIFAR-10."""
+
+    source: str
+    "the encoder to start from: a run's folder or a weights file"
+    model: ModelConfig | None = None
+    "architecture, of weights that say nothing of theirs (model.arch, model.stem, model.width, …)"
+    run: RunConfig = RunConfig(dir="runs/finetune")
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig(
+        views=1, size=32, scale=(1, 1), ratio=(1, 1), flip=0, jitter_p=0, grey=0, blur=0, eval_crop=1
+    )
+    loader: LoaderConfig = LoaderConfig()
+    fare: FareConfig = FareConfig()
+    attack: AttackConfig = AttackConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw",
+        lr=1e-4,
+        lr_scaling="none",
+        weight_decay=1e-4,
+        betas=(0.9, 0.95),
+        warmup_epochs=0,
+        warmup_steps=1400,
+    )
+    train: engine.TrainConfig = engine.TrainConfig(steps=20000, batch=256)
+    classifier: ClassifierConfig = ClassifierConfig()
+    robust: OnlineRobustConfig = OnlineRobustConfig(images=10000)
+
+
+def finetune(config: FinetuneConfig) -> int:
+    device = distributed.initialize(config.train.device)
+    encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
+    config = config.model_copy(update={"train": config.train.on(device), "model": encoder.config})
+    torch.manual_seed(config.run.seed)
+    with Run(config.run) as run:
+        parts = distributed.agree(lambda: build(config, encoder, device))
+        run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
+        fingerprint = parts.catalogs[0].fingerprint
+        begun = distributed.on_rank_zero(lambda: any(run.checkpoints.glob("step-*")))
+        if parts.classifier is not None and not begun:  # else it comes with the checkpoint
+            fit_to_clean_features(parts.classifier, config, encoder, parts.catalogs[0], device)
+        if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
+            return cli.EXIT_SAVED_ON_SIGNAL
+        if distributed.rank() == 0:
+            weights = export.export(encoder, run.dir, step=parts.plan.steps, finetuned_from=config.source)
+            print(summary(run, weights, plots.curves(run.dir, PANELS)))
+    return 0
+
+
+class Parts(NamedTuple):
+    catalogs: list[Catalog]
+    loader: Loader
+    module: TrainStep
+    classifier: nn.Linear | None
+    plan: engine.Plan
+    evaluations: list[engine.Callback]
+
+
+def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Parts:
+    """All that can be wrong about the configuration or the data is found here, before ranks wait for each other."""
+    rank, world = distributed.rank(), distributed.world_size()
+    catalogs = [
+        open_catalog(config.data, role) for role in (("train", "val") if config.robust.every_steps else ("train",))
+    ]
+    micro_batch = config.train.micro_batch(world) * world
+    order = Order(catalogs[0].indices, config.run.seed, micro_batch, config.train.accumulation)
+    plan = engine.plan(config.train, config.optimizer, order)
+    augment = SimCLR(config.augment, config.run.seed)
+    loader = make_loader(config.loader, catalogs[0], order, augment, device, rank, world)
+
+    needed = config.robust.every_steps or config.fare.against == "cross_entropy"
+    classifier = nn.Linear(encoder.backbone.num_features, len(catalogs[0].classes)).to(device) if needed else None
+    reference = Reference(encoder, classifier)
+    if config.fare.batchnorm == "eval":
+        keep_in_evaluation(encoder)
+    against = fare_one_sided() if config.fare.against == "distance" else surrogate_one_sided(classifier)
+    terms = [Term("adversarial", fare(), 1.0, adversarial(config.attack, against, config.run.seed))]
+    if config.fare.alpha:
+        terms.append(Term("clean", fare(), config.fare.alpha))
+
+    evaluations = []
+    if config.robust.every_steps:
+        autocast = autocast_dtype(config.train.precision)
+        where = config.classifier.batch, catalogs[1], config.augment, config.loader
+        robust = OnlineRobust(config.robust, *where, encoder, classifier, device, autocast)
+        evaluations = [engine.Callback(config.robust.every_steps, robust)]
+    return Parts(catalogs, loader, TrainStep(encoder, terms, prepare=reference), classifier, plan, evaluations)
+
+
+@torch.no_grad()
+def fit_to_clean_features(
+    classifier: nn.Linear, config: FinetuneConfig, encoder: Encoder, train: Catalog, device: torch.device
+) -> None:
+    """Give ``classifier`` the weights that fit the labels of the training images best, on all ranks the same."""
+    indices = thin(train.indices, config.classifier.bank)
+    autocast = autocast_dtype(config.train.precision)
+    features = catalog_features(
+        encoder, train, indices, config.classifier.batch, config.augment, config.loader, device, autocast
+    )
+    found = fit_classifier(features, classifier.out_features, config.classifier.linear)
+    classifier.weight.copy_(found.weight)
+    classifier.bias.copy_(found.bias)
+
+
+def summary(run: Run, weights: Path, picture: Path) -> str:
+    """What a person wants to know at the end."""
+    metrics = read_metrics(run.dir / "metrics.jsonl")
+    lines = {}
+    for key in ("clean_top1", "robust_top1"):
+        if values := [line[key] for line in metrics if key in line]:
+            lines[key] = f"{100 * values[-1]:.1f} % fine-tuned, {100 * values[0]:.1f} % the source"
+    lines |= {"run": run.dir, "weights": weights, "picture": picture}
+    return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())
+
+
+def of_source(given: dict[str, Any]) -> dict[str, Any]:
+    """The data, loader and image size of the run to start from, where nothing else is asked for."""
+    path = Path(str(given.get("source", ""))) / "config.yaml"
+    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    sections = {key: saved[key] for key in ("data", "loader") if key in saved}
+    sizes = {key: saved["augment"][key] for key in ("size", "eval_crop")} if "augment" in saved else {}
+    return sections | ({"augment": sizes} if sizes else {})
+
+
+if __name__ == "__main__":
+    cli.main(FinetuneConfig, finetune, __doc__, base=of_source)
