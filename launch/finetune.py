@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from fasttrain import cli, distributed, engine, export, plots
@@ -86,6 +86,23 @@ class FinetuneConfig(Config):
     train: engine.TrainConfig = engine.TrainConfig(steps=20000, batch=256)
     classifier: ClassifierConfig = ClassifierConfig()
     robust: OnlineRobustConfig = OnlineRobustConfig(images=10000)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> FinetuneConfig:
+        if self.augment.views != 1:
+            raise ValueError(f"augment.views={self.augment.views}: FARE looks at each image once, set augment.views=1")
+        if self.attack.batchnorm == "train" and self.fare.batchnorm == "eval":
+            raise ValueError(
+                "attack.batchnorm=train needs an encoder that trains so: set attack.batchnorm=eval or "
+                "fare.batchnorm=train"
+            )
+        starts_there = self.attack.name == "fgsm" or not self.attack.random_start
+        if starts_there and self.fare.against == "distance":
+            raise ValueError(
+                f"attack.name={self.attack.name} would start at the image, where encoder and reference agree and the "
+                "distance has no gradient: use attack.name=apgd, or pgd with attack.random_start=true"
+            )
+        return self
 
 
 def finetune(config: FinetuneConfig) -> int:

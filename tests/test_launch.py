@@ -27,6 +27,7 @@ SMALL = [
     "model.head.out=8",
     "train.batch=8",
     "train.steps=6",
+    "train.precision=fp32",
     "optimizer.warmup_epochs=0",
     "run.log_every=1",
     "loader.threads=1",

@@ -207,7 +207,7 @@ def _share(images: Tensor) -> dict[str, list[Tensor]]:
     """This rank's value, gradients and BatchNorm statistics, the first two averaged over the ranks."""
     rank, world = distributed.rank(), distributed.world_size()
     whole = _batch(images)
-    batch = Batch(*(t.chunk(world, dim=d)[rank] for t, d in zip(whole, (1, 0, 0), strict=True)))
+    batch = Batch(*(t.chunk(world, dim=d)[rank] for t, d in zip(whole[:3], (1, 0, 0), strict=True)))
     found = {}
     for name, objective in CASES.items():
         encoder = _encoder()

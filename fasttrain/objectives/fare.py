@@ -48,8 +48,8 @@ class Reference(nn.Module):
 def fare() -> Objective:
     """‖φ(x) − φ_org(x₀)‖², a loss an image [V·B], summed over the F features, not averaged.
 
-    φ(x) are the features of the images that the term's view shows, φ_org(x₀) the batch's ``targets``. On the adversarial
-    and on the clean view, weighed 1 and α, it is the fine-tuning loss::
+    φ(x) are the features of the images that the term's view shows, φ_org(x₀) the batch's ``targets``. On the
+    adversarial and on the clean view, weighed 1 and α, it is the fine-tuning loss::
 
         L = mean_i ‖φ(zᵢ) − φ_org(xᵢ)‖² + α mean_i ‖φ(xᵢ) − φ_org(xᵢ)‖²
 

@@ -39,4 +39,5 @@ def put(batch: Batch, index: int, images: Tensor) -> Batch:
     """The batch with ``images`` for its view ``index``."""
     views = list(batch.images)
     views[index] = images.contiguous(memory_format=torch.channels_last)
-    return batch._replace(images=torch.cat(views).unflatten(0, (len(views), -1)))  # a stack would not stay channels-last
+    # a stack would not stay channels-last
+    return batch._replace(images=torch.cat(views).unflatten(0, (len(views), -1)))

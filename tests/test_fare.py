@@ -1,0 +1,300 @@
+"""FARE: its loss and gradients by explicit formula, its frozen reference, its script from start to resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fasttrain import distributed, engine
+from fasttrain.attacks import AttackConfig, Linf, apgd
+from fasttrain.attacks.losses import squared_distance
+from fasttrain.config import load, resolve
+from fasttrain.data import Batch
+from fasttrain.errors import UsageError
+from fasttrain.export import export, load_encoder
+from fasttrain.models import Encoder, HeadConfig, ModelConfig
+from fasttrain.models.reference import keep_in_evaluation
+from fasttrain.objectives import Reference, fare, fare_one_sided, surrogate_one_sided
+from fasttrain.optim import OptimizerConfig, build_optimizer
+from fasttrain.step import Term, TrainStep
+from fasttrain.views import adversarial
+from tests.ranks import run_ranks
+from tests.test_launch import ROOT, metrics, script
+
+ALPHA, GLOBAL = 0.3, 8
+ATTACK = AttackConfig(steps=3)
+
+
+def small_encoder(dtype: torch.dtype = torch.float32) -> Encoder:
+    """A smooth network (at ReLU's kink rounding decides gradients) whose BatchNorms are not the identity."""
+    torch.manual_seed(0)
+    model = ModelConfig(arch="resnet18", stem="cifar", width=0.0625, head=HeadConfig(layers=0))
+    encoder = Encoder(model).to(dtype)
+    for module in encoder.modules():
+        if hasattr(module, "relu"):
+            module.relu = torch.nn.SiLU()
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                torch.nn.init.normal_(tensor, 0.1, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    return encoder
+
+
+def moved(encoder: Encoder) -> Encoder:
+    """Somewhere beside its reference."""
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return encoder
+
+
+def some_batch(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(1, GLOBAL, 3, 8, 8, generator=generator, dtype=dtype)
+    return Batch(images, torch.randint(0, 3, (GLOBAL,), generator=generator), torch.arange(GLOBAL))
+
+
+def step_of(encoder: Encoder, attack: AttackConfig = ATTACK, batchnorm: str = "eval") -> TrainStep:
+    reference = Reference(encoder)
+    if batchnorm == "eval":
+        keep_in_evaluation(encoder)
+    view = adversarial(attack, fare_one_sided(), seed=7)
+    return TrainStep(encoder, [Term("adversarial", fare(), 1.0, view), Term("clean", fare(), ALPHA)], reference)
+
+
+def test_the_loss_is_the_formula_image_by_image_and_so_are_its_parameter_gradients():
+    encoder, batch = small_encoder(torch.double), some_batch(1, torch.double)
+    original = copy.deepcopy(encoder).eval()
+    step = step_of(encoder)
+    moved(encoder)
+    plain = copy.deepcopy(encoder).eval()
+    attack = adversarial(ATTACK, fare_one_sided(), seed=7)  # draws what the step's own view draws at its first call
+    z = attack(encoder, Reference(original)(batch)).images[0]
+    assert 0 < (z - batch.images[0]).abs().amax() <= 8 / 255 + 1e-12
+
+    loss, values = step.train()(batch)
+    loss.backward()
+    expected = {"adversarial": 0.0, "clean": 0.0}
+    for i, x in enumerate(batch.images[0]):
+        target = original(x[None]).features[0].detach()
+        for name, image in (("adversarial", z[i]), ("clean", x)):
+            for ours, theirs in zip(plain(image[None]).features[0], target, strict=True):
+                expected[name] = expected[name] + (ours - theirs) ** 2 / GLOBAL
+    total = expected["adversarial"] + ALPHA * expected["clean"]
+    total.backward()
+    for ours, theirs in [(values[name], expected[name]) for name in values] + [(loss, total)]:
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0, check_dtype=True)
+    for ours, theirs in zip(encoder.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_the_one_sided_losses_are_those_of_the_formula_and_pass_gradcheck():
+    batch = some_batch(2, torch.double)._replace(targets=torch.randn(GLOBAL, 5, dtype=torch.double))
+    features = torch.randn(GLOBAL, 5, dtype=torch.double, requires_grad=True)
+    encoded = small_encoder()(batch.images[0].float())
+    head = torch.nn.Linear(5, 3).double()
+    for one_sided in (fare_one_sided(), surrogate_one_sided(head)):
+        loss = one_sided(None, batch)
+        assert torch.autograd.gradcheck(lambda f, loss=loss: loss(encoded._replace(features=f)), features)
+    distances = fare_one_sided()(None, batch)(encoded._replace(features=features))
+    torch.testing.assert_close(distances, squared_distance(features, batch.targets))
+    surrogate = surrogate_one_sided(head)(None, batch)(encoded._replace(features=features))
+    logits = features @ head.weight.T + head.bias
+    by_hand = [z.exp().sum().log() - z[y] for z, y in zip(logits, batch.labels, strict=True)]
+    torch.testing.assert_close(surrogate, torch.stack(by_hand))
+
+
+@pytest.mark.parametrize("batchnorm", ["eval", "train"])
+def test_the_reference_stays_as_it_was_and_the_statistics_as_they_are_told_to(batchnorm):
+    encoder, batch = small_encoder(), some_batch(3)
+    step = step_of(encoder, batchnorm=batchnorm).train()
+    before = {k: v.clone() for k, v in step.state_dict().items()}
+    assert not any(part.training for part in step.prepare.encoder.modules())
+    assert not any(parameter.requires_grad for parameter in step.prepare.parameters())
+    optimizer = torch.optim.AdamW([p for p in step.parameters() if p.requires_grad], 1e-3)
+    for _ in range(2):
+        step(batch)[0].backward()
+        optimizer.step()
+    after = step.state_dict()
+    changed = {k for k in after if not torch.equal(after[k], before[k])}
+    assert not [k for k in changed if k.startswith("prepare.")]
+    assert [k for k in after if k.startswith("prepare.encoder.backbone.")]  # saved with the run
+    assert "encoder.backbone.conv1.weight" in changed and "encoder.backbone.bn1.bias" in changed
+    assert ("encoder.backbone.bn1.running_mean" in changed) == (batchnorm == "train")
+
+
+def test_a_batch_without_targets_is_refused():
+    encoder, batch = small_encoder(), some_batch(4)
+    with pytest.raises(UsageError, match="no targets"):
+        fare()(encoder(batch.images[0]), batch)
+
+
+class Case(NamedTuple):
+    stage: int = 0
+    accumulation: int = 1
+    random_start: bool = True
+
+
+def trained(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
+    """Weights after 3 steps of each case; consecutive images are one rank's part of a micro-batch."""
+    distributed.initialize("cpu")
+    results, world, rank = [], distributed.world_size(), distributed.rank()
+    for case in cases:
+        attack = ATTACK if case.random_start else AttackConfig(name="pgd", steps=3, random_start=False)
+        encoder = small_encoder()
+        step = step_of(encoder, attack)
+        moved(encoder)
+        settings = OptimizerConfig(name="adamw", lr=1e-3, lr_scaling="none", betas=(0.9, 0.95))
+        optimizer = build_optimizer(settings, step, case.stage, torch.device("cpu"))
+        train = engine.TrainConfig(
+            batch=GLOBAL, accumulation=case.accumulation, zero_stage=case.stage, precision="fp32"
+        )
+        trainer, size = engine.initialize(step, optimizer, train), GLOBAL // case.accumulation
+        trainer.train()
+        for number in range(3):
+            whole = some_batch(number)
+            for micro in range(case.accumulation):
+                begin = micro * size + rank * size // world
+                part = slice(begin, begin + size // world)
+                loss, _ = trainer(Batch(whole.images[:, part], whole.labels[part], whole.index[part]))
+                trainer.backward(loss)
+                trainer.step()
+        results.append({k: v.detach().clone() for k, v in step.state_dict().items() if v.is_floating_point()})
+    return results
+
+
+def test_two_ranks_any_stage_and_accumulation_take_the_steps_of_one_process():
+    cases = [*(Case(stage) for stage in (0, 1, 2)), Case(0, 2, False), Case(1, 2, False)]
+    plain = [Case(), Case(random_start=False)]
+    (alone,) = run_ranks(1, trained, plain, timeout=300)
+    for results in run_ranks(2, trained, cases, timeout=300):
+        for case, ours in zip(cases, results, strict=True):
+            theirs = alone[0 if case.random_start else 1]
+            start = moved(small_encoder()).state_dict()
+            for name, tensor in start.items():
+                key = f"encoder.{name}"
+                if tensor.is_floating_point():
+                    assert float((ours[key] - theirs[key]).norm()) < 1e-3 * max(float(theirs[key].norm()), 0.1), case
+
+
+TINY = [
+    "augment.size=16",
+    "train.batch=8",
+    "train.steps=6",
+    "optimizer.warmup_steps=1",
+    "run.log_every=1",
+    "run.save_every=3",
+    "loader.threads=1",
+    "attack.steps=3",
+    "robust.attack.steps=2",
+    "robust.every_steps=3",
+    "classifier.linear.l2=[0.1]",
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    torch.manual_seed(0)
+    export(Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.0625, head=HeadConfig(layers=0))), folder)
+    return folder
+
+
+def finetune_here(*arguments: str) -> int:
+    module = script("finetune")
+    return module.finetune(load(module.FinetuneConfig, [*TINY, *arguments], module.of_source))
+
+
+@pytest.fixture(scope="module")
+def finished(images, source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finetuned") / "run"
+    assert finetune_here(f"source={source}", f"data.root={images}", f"run.dir={folder}", "optimizer.lr=0.003") == 0
+    return folder
+
+
+def distance_under_attack(encoder: Encoder, reference: Encoder) -> float:
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        targets = reference(images).features
+    distance = lambda x: squared_distance(encoder(x).features, targets)  # noqa: E731
+    return float(distance(apgd(Linf(8 / 255), 10)(distance, images)).mean())
+
+
+def test_a_run_lowers_the_distance_that_an_attack_can_reach(finished, source):
+    reference = load_encoder(str(source))
+    assert distance_under_attack(load_encoder(str(finished)), reference) < 0.8 * distance_under_attack(
+        load_encoder(str(source)), reference
+    )
+    lines = metrics(finished)
+    assert [line["step"] for line in lines if "robust_top1" in line] == [0, 3, 6]
+    assert {"loss/adversarial", "loss/clean"} <= lines[1].keys() and lines[1]["loss/clean"] < 1e-8
+    assert json.loads((finished / "encoder.json").read_text())["finetuned_from"] == str(source)
+
+
+def test_a_resumed_run_ends_where_the_undisturbed_one_did_without_a_new_classifier(
+    images, source, finished, tmp_path, monkeypatch
+):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    module = script("finetune")
+    monkeypatch.setattr(module, "fit_to_clean_features", None)
+    given = [f"source={source}", f"data.root={images}", f"run.dir={folder}", "optimizer.lr=0.003"]
+    assert module.finetune(load(module.FinetuneConfig, [*TINY, *given], module.of_source)) == 0
+    last = "checkpoints/step-00000006/model.safetensors"
+    ours, theirs = load_file(str(folder / last)), load_file(str(finished / last))
+    assert all(ours[name].equal(theirs[name]) for name in theirs) and "prepare.classifier.weight" in theirs
+    columns = ("step", "loss", "clean_top1", "robust_top1")
+    assert [[line.get(c) for c in columns] for line in metrics(folder)] == [
+        [line.get(c) for c in columns] for line in metrics(finished)
+    ]
+
+
+def test_robust_evaluation_of_a_run_is_printed_and_written(images, finished, tmp_path, capsys):
+    module = script("eval")
+    given = ["task=robust", f"source={finished}", f"output={tmp_path / 'found.json'}", "linear.l2=[0.1]"]
+    module.evaluate(load(module.EvalConfig, [*given, "robust.attack.steps=2", "robust.images=6"], module.of_run))
+    table = json.loads((tmp_path / "found.json").read_text())
+    assert 0 <= table["robust_top1"] <= table["clean_top1"] <= 1
+    assert table["images"] == table["val"]["images"] == 6 and table["attack"]["eps_255"] == 8
+    assert "robust_top1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["source=/nowhere"], "no run or weights at '/nowhere'"),
+        (["optimizer.warmup_epochs=1"], "warmup_epochs=1 and warmup_steps=1: set one of them to 0"),
+        (["optimizer.warmup_steps=6"], "6 steps of warm-up in a run of 6"),
+        (["fare.alpha=-1"], "fare.alpha=-1: should be greater than or equal to 0"),
+        (["fare.against=labels"], "fare.against='labels': should be 'distance' or 'cross_entropy'"),
+        (["robust.attack.batchnorm=train"], "set batchnorm=eval"),
+        (["attack.batchnorm=train"], "set attack.batchnorm=eval or fare.batchnorm=train"),
+        (["attack.name=fgsm", "attack.steps=10"], "the distance has no gradient: use attack.name=apgd"),
+        (["augment.views=2"], "augment.views=2: FARE looks at each image once"),
+    ],
+)
+def test_a_mistake_names_the_value_and_the_remedy(images, source, tmp_path, arguments, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        finetune_here(f"source={source}", f"data.root={images}", f"run.dir={tmp_path / 'run'}", *arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_source_of_a_finetuning_has_to_be_given():
+    module = script("finetune")
+    with pytest.raises(UsageError, match="source"):
+        load(module.FinetuneConfig, TINY, module.of_source)
+
+
+def test_every_configuration_resolves():
+    paths = sorted((ROOT / "configs/finetune").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        resolve(script("finetune").FinetuneConfig, {"source": "x", **yaml.safe_load(path.read_text())})
