@@ -1,4 +1,4 @@
-"""Pretrain an encoder by SimCLR.
+"""Pretrain an encoder: SimCLR, SupCon, SimSiam or supervised, with penalties and adversarial views.
 
   deepspeed launch/pretrain.py                                the embedded data set, a small ResNet: minutes on 2 cores
   deepspeed launch/pretrain.py configs/pretrain/simclr_imagenet.yaml data.root=/data/imagenet optimizer.lr=0.3
@@ -25,11 +25,12 @@ from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
-from fasttrain.objectives import TermConfig, build_objective, check_model
+from fasttrain.objectives import build_objective, check_term
 from fasttrain.optim import OptimizerConfig
 from fasttrain.precision import autocast_dtype
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
+from fasttrain.views import ViewedTermConfig, build_view
 
 
 class PretrainConfig(Config):
@@ -40,7 +41,9 @@ class PretrainConfig(Config):
     augment: AugmentConfig = AugmentConfig(size=32, jitter=0.5, blur=0.0, eval_crop=1.0)
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig = ModelConfig(arch="resnet18", stem="cifar", width=0.25, head=HeadConfig(width=128, out=64))
-    terms: dict[str, TermConfig] = Field({"simclr": TermConfig(objective="nt_xent", temperature=0.2)}, min_length=1)
+    terms: dict[str, ViewedTermConfig] = Field(
+        {"simclr": ViewedTermConfig(objective="nt_xent", temperature=0.2)}, min_length=1
+    )
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", lr=0.5, weight_decay=1e-4, warmup_epochs=1)
     train: engine.TrainConfig = engine.TrainConfig(epochs=24, batch=128)
     evaluate: EvaluateConfig = EvaluateConfig(every_epochs=4)
@@ -79,9 +82,12 @@ def build(config: PretrainConfig, device: torch.device) -> Parts:
     order = Order(catalogs[0].indices, config.run.seed, micro_batch, config.train.accumulation)
     plan = engine.plan(config.train, config.optimizer, order)
     for term in config.terms.values():
-        check_model(term, config.model)
+        check_term(term, config.model, config.augment.views, len(catalogs[0].classes))
     encoder = Encoder(config.model).to(device)
-    terms = [Term(name, build_objective(term), term.weight) for name, term in config.terms.items()]
+    terms = [
+        Term(name, build_objective(term), term.weight, build_view(term, encoder, config.run.seed))
+        for name, term in config.terms.items()
+    ]
     augment = SimCLR(config.augment, config.run.seed)
     loader = make_loader(config.loader, catalogs[0], order, augment, device, rank, world)
     evaluations = []

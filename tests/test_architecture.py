@@ -77,8 +77,14 @@ def test_launch_scripts_shadow_no_module():
 
 
 def test_every_configuration_resolves():
-    from fasttrain.config import resolve
+    from fasttrain.config import load
+    from fasttrain.objectives import check_term
     from tests.test_launch import script
 
+    schema = script("pretrain").PretrainConfig
     for path in sorted((ROOT / "configs/pretrain").glob("*.yaml")):
-        resolve(script("pretrain").PretrainConfig, yaml.safe_load(path.read_text()))
+        config = load(schema, [str(path)])
+        given = yaml.safe_load(path.read_text())
+        assert list(config.terms) == list(given["terms"]), path  # none of the defaults' terms is left
+        for term in config.terms.values():
+            check_term(term, config.model, config.augment.views, config.model.classes)

@@ -442,3 +442,18 @@ def test_an_ffcv_file_that_is_none(tmp_path, name):
     plant(tmp_path, {"train.beton": b"not one at all"})
     with pytest.raises(UsageError, match=name):
         open_catalog(config(tmp_path / name), "train")
+
+
+def test_a_share_takes_as_much_of_each_class_and_smaller_shares_lie_within_larger(tmp_path):
+    for name, count in (("a", 10), ("b", 3)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (4, 4)).save(tmp_path / "train" / name / f"{i}.png")
+    whole, half, tenth = (
+        open_catalog(DataConfig(root=str(tmp_path), share=share), "train") for share in (1.0, 0.5, 0.1)
+    )
+    assert np.bincount(half.labels[half.indices]).tolist() == [5, 2]
+    assert np.bincount(tenth.labels[tenth.indices]).tolist() == [1, 1]
+    assert set(tenth.indices) <= set(half.indices) <= set(whole.indices)
+    assert len({whole.fingerprint, half.fingerprint, tenth.fingerprint}) == 3
+    assert "data.share=0.5: 7 of 13" in half.summary()

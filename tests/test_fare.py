@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from fasttrain import distributed, engine
@@ -172,7 +174,7 @@ def trained(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
 
 
 def test_two_ranks_any_stage_and_accumulation_take_the_steps_of_one_process():
-    cases = [*(Case(stage) for stage in (0, 1, 2)), Case(0, 2, False), Case(1, 2, False)]
+    cases = [Case(0), Case(2), Case(1, 2, False)]
     plain = [Case(), Case(random_start=False)]
     (alone,) = run_ranks(1, trained, plain, timeout=300)
     for results in run_ranks(2, trained, cases, timeout=300):
@@ -188,14 +190,14 @@ def test_two_ranks_any_stage_and_accumulation_take_the_steps_of_one_process():
 TINY = [
     "augment.size=16",
     "train.batch=8",
-    "train.steps=6",
+    "train.steps=24",
     "optimizer.warmup_steps=1",
     "run.log_every=1",
-    "run.save_every=3",
+    "run.save_every=12",
     "loader.threads=1",
     "attack.steps=3",
     "robust.attack.steps=2",
-    "robust.every_steps=3",
+    "robust.every_steps=12",
     "classifier.linear.l2=[0.1]",
 ]
 
@@ -204,7 +206,8 @@ TINY = [
 def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     torch.manual_seed(0)
-    export(Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.0625, head=HeadConfig(layers=0))), folder)
+    shape = {"arch": "resnet18", "stem": "cifar", "width": 0.0625, "zero_init_residual": False}
+    export(Encoder(ModelConfig(**shape, head=HeadConfig(layers=0))), folder)
     return folder
 
 
@@ -216,26 +219,32 @@ def finetune_here(*arguments: str) -> int:
 @pytest.fixture(scope="module")
 def finished(images, source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finetuned") / "run"
-    assert finetune_here(f"source={source}", f"data.root={images}", f"run.dir={folder}", "optimizer.lr=0.003") == 0
+    assert finetune_here(f"source={source}", f"data.root={images}", f"run.dir={folder}", "optimizer.lr=0.001") == 0
     return folder
 
 
-def distance_under_attack(encoder: Encoder, reference: Encoder) -> float:
-    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(8))
+def distance_under_attack(encoder: Encoder, reference: Encoder, folder: Path) -> float:
+    """Mean over the images in ``folder`` of the largest squared distance to the reference that APGD finds."""
+    pixels = [np.array(Image.open(path).resize((16, 16))) for path in sorted(folder.rglob("*.jpg"))]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         targets = reference(images).features
-    distance = lambda x: squared_distance(encoder(x).features, targets)  # noqa: E731
-    return float(distance(apgd(Linf(8 / 255), 10)(distance, images)).mean())
+
+    def distance(x: torch.Tensor) -> torch.Tensor:
+        return squared_distance(encoder(x).features, targets)
+
+    with torch.no_grad():
+        return float(distance(apgd(Linf(8 / 255), 10)(distance, images)).mean())
 
 
-def test_a_run_lowers_the_distance_that_an_attack_can_reach(finished, source):
-    reference = load_encoder(str(source))
-    assert distance_under_attack(load_encoder(str(finished)), reference) < 0.8 * distance_under_attack(
-        load_encoder(str(source)), reference
-    )
+def test_a_run_lowers_the_distance_that_an_attack_can_reach_on_new_images(finished, source, images):
+    before, reference, after = (load_encoder(str(folder)) for folder in (source, source, finished))
+    reached = [distance_under_attack(encoder, reference, images / "val") for encoder in (before, after)]
+    assert reached[1] < 0.7 * reached[0]
     lines = metrics(finished)
-    assert [line["step"] for line in lines if "robust_top1" in line] == [0, 3, 6]
-    assert {"loss/adversarial", "loss/clean"} <= lines[1].keys() and lines[1]["loss/clean"] < 1e-8
+    assert [line["step"] for line in lines if "robust_top1" in line] == [0, 12, 24]
+    assert lines[1]["loss/clean"] < 1e-8 < lines[2]["loss/clean"]  # it starts as the reference
+    assert lines[1]["loss/adversarial"] > 1
     assert json.loads((finished / "encoder.json").read_text())["finetuned_from"] == str(source)
 
 
@@ -243,12 +252,12 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_did_without_a_new_classifi
     images, source, finished, tmp_path, monkeypatch
 ):
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    shutil.rmtree(folder / "checkpoints/step-00000006")
+    shutil.rmtree(folder / "checkpoints/step-00000024")
     module = script("finetune")
     monkeypatch.setattr(module, "fit_to_clean_features", None)
-    given = [f"source={source}", f"data.root={images}", f"run.dir={folder}", "optimizer.lr=0.003"]
+    given = [f"source={source}", f"data.root={images}", f"run.dir={folder}", "optimizer.lr=0.001"]
     assert module.finetune(load(module.FinetuneConfig, [*TINY, *given], module.of_source)) == 0
-    last = "checkpoints/step-00000006/model.safetensors"
+    last = "checkpoints/step-00000024/model.safetensors"
     ours, theirs = load_file(str(folder / last)), load_file(str(finished / last))
     assert all(ours[name].equal(theirs[name]) for name in theirs) and "prepare.classifier.weight" in theirs
     columns = ("step", "loss", "clean_top1", "robust_top1")
@@ -272,7 +281,7 @@ def test_robust_evaluation_of_a_run_is_printed_and_written(images, finished, tmp
     [
         (["source=/nowhere"], "no run or weights at '/nowhere'"),
         (["optimizer.warmup_epochs=1"], "warmup_epochs=1 and warmup_steps=1: set one of them to 0"),
-        (["optimizer.warmup_steps=6"], "6 steps of warm-up in a run of 6"),
+        (["optimizer.warmup_steps=24"], "24 steps of warm-up in a run of 24"),
         (["fare.alpha=-1"], "fare.alpha=-1: should be greater than or equal to 0"),
         (["fare.against=labels"], "fare.against='labels': should be 'distance' or 'cross_entropy'"),
         (["robust.attack.batchnorm=train"], "set batchnorm=eval"),

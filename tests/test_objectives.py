@@ -15,7 +15,7 @@ from fasttrain.config import resolve
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoded, Encoder, HeadConfig, ModelConfig
-from fasttrain.objectives import TermConfig, build_objective, build_one_sided, check_model
+from fasttrain.objectives import TermConfig, build_objective, build_one_sided, check_term
 from fasttrain.objectives.sup_con import sup_con_rows
 from tests.ranks import run_ranks
 
@@ -328,7 +328,7 @@ def test_mistakes_name_the_value(values: dict, message: str) -> None:
 )
 def test_a_model_without_the_head_is_refused(term: dict, model: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_model(resolve(TermConfig, term), resolve(ModelConfig, {"arch": "resnet18", **model}))
+        check_term(resolve(TermConfig, term), resolve(ModelConfig, {"arch": "resnet18", **model}), 2, 10)
     with pytest.raises(UsageError, match="set model"):  # and the objective itself, called all the same
         build_objective(resolve(TermConfig, term))(
             _encoded(_random(2, 3, 4) if term == {"objective": "simsiam"} else None), _batch(torch.zeros(3))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from fasttrain.config import Config
 from fasttrain.data import cifar, manifest, shapes
@@ -43,6 +45,8 @@ class DataConfig(Config):
     """Validation split, likewise; null finds val, validation, valid or test."""
     cache: str | None = None
     """For the embedded data set and manifests of read-only data; null: fasttrain in $XDG_CACHE_HOME or ~/.cache."""
+    share: float = Field(1.0, gt=0, le=1)
+    """Share of each class's training images to use: the same ones for any seed, a larger share holds a smaller."""
     download: bool = False
     """Fetch the CIFAR archive that root names (…/cifar-10-python.tar.gz or …/cifar-100-python.tar.gz) if absent."""
 
@@ -132,6 +136,19 @@ class Catalog:
         excluded = [(self.path(index), reason) for index, reason in reasons.items()]
         return replace(self, indices=np.flatnonzero(usable), excluded=excluded, fingerprint="")
 
+    def thinned(self, share: float) -> Catalog:
+        """``share`` of each class's usable samples, rounded up: those of the smallest random keys, which are fixed."""
+        keys = np.random.Philox(key=0).random_raw(len(self.labels))[self.indices]
+        labels = self.labels[self.indices]
+        kept = []
+        for label in np.unique(labels):
+            members = np.flatnonzero(labels == label)
+            most = math.ceil(share * len(members))
+            kept.append(members[np.argsort(keys[members], kind="stable")[:most]])
+        note = f"data.share={share:g}: {sum(map(len, kept)):,} of {len(self):,} usable images"
+        indices = self.indices[np.sort(np.concatenate(kept))]
+        return replace(self, indices=indices, notes=[*self.notes, note], fingerprint="")
+
     def summary(self, most: int = 5) -> str:
         """What there is and what was left out, for a person: a line, and one for each of the first ``most`` reasons."""
         lines = [f"{self.split}: {len(self):,} images of {len(self.classes)} classes in {self.root}"]
@@ -152,6 +169,11 @@ def open_catalog(config: DataConfig, role: Role, use_manifest: bool = True) -> C
     Raises:
         UsageError: a root, split or class without usable images, a wrong checksum, an FFCV file without FFCV installed.
     """
+    catalog = _open(config, role, use_manifest)
+    return catalog.thinned(config.share) if role == "train" and config.share < 1 else catalog
+
+
+def _open(config: DataConfig, role: Role, use_manifest: bool) -> Catalog:
     if config.root is None:
         root = shapes.ensure(config.cache_folder)
     else:

@@ -94,7 +94,8 @@ def _inspect_listing(catalog: Catalog, workers: int | None) -> tuple[np.ndarray,
         [catalog.path(index) for index in range(first, min(first + _CHUNK, full))] for first in range(0, full, _CHUNK)
     )
     findings = itertools.chain.from_iterable(_map(_inspect_all, chunks, workers))
-    bar = tqdm(findings, f"verify {catalog.split}", total=full, unit=" images", disable=None)  # None: no terminal, no bar
+    # disable=None: no bar where there is no terminal
+    bar = tqdm(findings, f"verify {catalog.split}", total=full, unit=" images", disable=None)
     for index, finding in enumerate(bar):
         if isinstance(finding, str):
             excluded.append((index, catalog.names[index], finding))

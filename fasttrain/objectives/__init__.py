@@ -14,7 +14,7 @@ from fasttrain.objectives.terms import (
     TermConfig,
     build_objective,
     build_one_sided,
-    check_model,
+    check_term,
 )
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "Traits",
     "build_objective",
     "build_one_sided",
-    "check_model",
+    "check_term",
     "cross_entropy",
     "cross_entropy_one_sided",
     "encode",

@@ -33,13 +33,14 @@ class _Entry(NamedTuple):
     one_sided: Callable[..., OneSided]
     has_temperature: bool
     needs: tuple[str, ...]  # keys of the model that must not be 0
+    views: int  # of each image, at least
 
 
 OBJECTIVES: dict[str, _Entry] = {
-    "nt_xent": _Entry(nt_xent, info_nce, True, ("head.layers",)),
-    "sup_con": _Entry(sup_con, sup_con_one_sided, True, ("head.layers",)),
-    "cross_entropy": _Entry(cross_entropy, cross_entropy_one_sided, False, ("classes",)),
-    "simsiam": _Entry(simsiam, simsiam_one_sided, False, ("head.layers", "head.predictor")),
+    "nt_xent": _Entry(nt_xent, info_nce, True, ("head.layers",), 2),
+    "sup_con": _Entry(sup_con, sup_con_one_sided, True, ("head.layers",), 2),
+    "cross_entropy": _Entry(cross_entropy, cross_entropy_one_sided, False, ("classes",), 1),
+    "simsiam": _Entry(simsiam, simsiam_one_sided, False, ("head.layers", "head.predictor"), 2),
 }
 
 
@@ -146,18 +147,29 @@ def build_one_sided(config: TermConfig) -> OneSided:
     return OBJECTIVES[config.objective].one_sided(*_temperature(config))
 
 
-def check_model(config: TermConfig, model: ModelConfig) -> None:
-    """Refuse at start a model without the heads that the term needs.
+def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int) -> None:
+    """Refuse at start a model without the heads that the term needs, too few views, and a classifier of another size.
+
+    Args:
+        views: of each image in a batch.
+        classes: of the data set.
 
     Raises:
         UsageError: naming the key to set.
     """
+    entry = OBJECTIVES[config.objective]
     has = {"head.layers": model.head.layers, "head.predictor": model.head.predictor, "classes": model.classes}
-    for key in OBJECTIVES[config.objective].needs:
+    for key in entry.needs:
         if not has[key]:
             raise UsageError(f"model.{key}=0: {config.objective} needs it, set model.{key}")
     if config.layers.alpha is not None and not model.layer_heads:
         raise UsageError("model.layer_heads=false: layer-by-layer losses need them, set model.layer_heads=true")
+    if views < entry.views:
+        raise UsageError(f"augment.views={views}: {config.objective} compares views, set augment.views={entry.views}")
+    if "classes" in entry.needs and model.classes != classes:
+        raise UsageError(
+            f"model.classes={model.classes}, but the images have {classes} classes: set model.classes={classes}"
+        )
 
 
 def _temperature(config: TermConfig) -> tuple[float, ...]:
