@@ -152,7 +152,8 @@ def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Par
     if config.fare.batchnorm == "eval":
         keep_in_evaluation(encoder)
     against = fare_one_sided() if config.fare.against == "distance" else surrogate_one_sided(classifier)
-    terms = [Term("adversarial", fare(), 1.0, adversarial(config.attack, against, config.run.seed))]
+    attacked = adversarial(config.attack, against, config.run.seed, accumulation=config.train.accumulation)
+    terms = [Term("adversarial", fare(), 1.0, attacked)]
     if config.fare.alpha:
         terms.append(Term("clean", fare(), config.fare.alpha))
 

@@ -85,7 +85,12 @@ def build(config: PretrainConfig, device: torch.device) -> Parts:
         check_term(term, config.model, config.augment.views, len(catalogs[0].classes))
     encoder = Encoder(config.model).to(device)
     terms = [
-        Term(name, build_objective(term), term.weight, build_view(term, encoder, config.run.seed))
+        Term(
+            name,
+            build_objective(term),
+            term.weight,
+            build_view(term, encoder, config.run.seed, config.train.accumulation),
+        )
         for name, term in config.terms.items()
     ]
     augment = SimCLR(config.augment, config.run.seed)

@@ -64,11 +64,11 @@ def some_batch(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
     return Batch(images, torch.randint(0, 3, (GLOBAL,), generator=generator), torch.arange(GLOBAL))
 
 
-def step_of(encoder: Encoder, attack: AttackConfig = ATTACK, batchnorm: str = "eval") -> TrainStep:
+def step_of(encoder: Encoder, batchnorm: str = "eval", accumulation: int = 1) -> TrainStep:
     reference = Reference(encoder)
     if batchnorm == "eval":
         keep_in_evaluation(encoder)
-    view = adversarial(attack, fare_one_sided(), seed=7)
+    view = adversarial(ATTACK, fare_one_sided(), seed=7, accumulation=accumulation)
     return TrainStep(encoder, [Term("adversarial", fare(), 1.0, view), Term("clean", fare(), ALPHA)], reference)
 
 
@@ -142,7 +142,6 @@ def test_a_batch_without_targets_is_refused():
 class Case(NamedTuple):
     stage: int = 0
     accumulation: int = 1
-    random_start: bool = True
 
 
 def trained(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
@@ -150,9 +149,8 @@ def trained(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
     distributed.initialize("cpu")
     results, world, rank = [], distributed.world_size(), distributed.rank()
     for case in cases:
-        attack = ATTACK if case.random_start else AttackConfig(name="pgd", steps=3, random_start=False)
         encoder = small_encoder()
-        step = step_of(encoder, attack)
+        step = step_of(encoder, accumulation=case.accumulation)
         moved(encoder)
         settings = OptimizerConfig(name="adamw", lr=1e-3, lr_scaling="none", betas=(0.9, 0.95))
         optimizer = build_optimizer(settings, step, case.stage, torch.device("cpu"))
@@ -174,12 +172,10 @@ def trained(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
 
 
 def test_two_ranks_any_stage_and_accumulation_take_the_steps_of_one_process():
-    cases = [Case(0), Case(2), Case(1, 2, False)]
-    plain = [Case(), Case(random_start=False)]
-    (alone,) = run_ranks(1, trained, plain, timeout=300)
+    cases = [Case(0), Case(2), Case(1, accumulation=2)]
+    ((theirs,),) = run_ranks(1, trained, [Case()], timeout=300)
     for results in run_ranks(2, trained, cases, timeout=300):
         for case, ours in zip(cases, results, strict=True):
-            theirs = alone[0 if case.random_start else 1]
             start = moved(small_encoder()).state_dict()
             for name, tensor in start.items():
                 key = f"encoder.{name}"

@@ -18,7 +18,7 @@ from fasttrain.evaluation.robust import RobustConfig, robust_accuracy
 from fasttrain.models import Encoded
 from tests.ranks import run_ranks
 
-EPS, CLASSES, COUNT = 0.15, 2, 40
+EPS, CLASSES, COUNT = 0.07, 2, 40
 ATTACK = AttackConfig(eps_255=255 * EPS, steps=20)
 CPU = torch.device("cpu")
 

@@ -12,7 +12,9 @@ from fasttrain.objectives import OneSided
 from fasttrain.views.view import put, take
 
 
-def adversarial(attack: AttackConfig, against: OneSided, seed: int, index: int = 0) -> Adversarial:
+def adversarial(
+    attack: AttackConfig, against: OneSided, seed: int, index: int = 0, accumulation: int = 1
+) -> Adversarial:
     """The batch with one view moved, inside its threat model, to where ``against`` is high.
 
     With x the view, x⁺ the others, φ the encoder and ℓ the one-sided loss that ``against`` makes of φ(x⁺), batch::
@@ -24,28 +26,29 @@ def adversarial(attack: AttackConfig, against: OneSided, seed: int, index: int =
     (Lubana & Aldeeb, section 3.2; Madry et al. 2018). Running statistics are left alone, weights get no gradient, and
     every rank takes the same steps. Under autocast the attack is autocast too.
 
-    Random starts are a function of (``seed``, how often the view was called, position of the image in the data set);
-    the count is a buffer, so a resumed run continues it, and any number of ranks draws the same.
+    Random starts are a function of (``seed``, optimiser step, position of the image in the data set), the step counted
+    from the calls in a buffer: a resumed run continues it, and any number of ranks or micro-batches draws the same.
 
     Args:
         attack: which, how far, and the BatchNorm mode in which φ is attacked; "train" takes the statistics of x' and of
             x⁺ apart.
         against: what to raise; :func:`~fasttrain.objectives.build_one_sided` has that of each objective.
         index: which of the batch's views.
+        accumulation: calls to an optimiser step.
 
     Raises:
         UsageError: the batch has no such view (on the call).
     """
-    return Adversarial(attack, against, seed, index)
+    return Adversarial(attack, against, seed, index, accumulation)
 
 
 class Adversarial(nn.Module):
     """See :func:`adversarial`."""
 
-    def __init__(self, attack: AttackConfig, against: OneSided, seed: int, index: int) -> None:
+    def __init__(self, attack: AttackConfig, against: OneSided, seed: int, index: int, accumulation: int) -> None:
         super().__init__()
         self.attack, self.batchnorm = make_attack(attack), attack.batchnorm
-        self.against, self.seed, self.index = against, seed, index
+        self.against, self.seed, self.index, self.accumulation = against, seed, index, accumulation
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, encoder: Encoder, batch: Batch) -> Batch:
@@ -54,7 +57,7 @@ class Adversarial(nn.Module):
         with torch.no_grad(), frozen_statistics():
             fixed = model(torch.cat(others)) if others else None
         loss = self.against(fixed, batch)
-        keys = image_keys(self.seed, self.calls, batch.index)
+        keys = image_keys(self.seed, self.calls // self.accumulation, batch.index)
         self.calls += 1
         return put(batch, self.index, self.attack(lambda x: loss(model(x)), images, keys))
 

@@ -57,12 +57,12 @@ class ViewedTermConfig(TermConfig):
         return self
 
 
-def build_view(term: ViewedTermConfig, encoder: Encoder, seed: int) -> View:
+def build_view(term: ViewedTermConfig, encoder: Encoder, seed: int, accumulation: int = 1) -> View:
     """The view that ``term`` describes, on the encoder's device; ``seed`` is that of an attack's random starts."""
     view, device = term.view, next(encoder.parameters()).device
     match view.kind:
         case "attack":
-            return adversarial(view.attack, build_one_sided(term), seed, view.index).to(device)
+            return adversarial(view.attack, build_one_sided(term), seed, view.index, accumulation).to(device)
         case "structured":
             return structured(view.structured, encoder.backbone.num_features, view.index).to(device)
     return clean
