@@ -7,11 +7,22 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+C = TypeVar("C")
+
+
+class Report(NamedTuple):
+    """What a benchmark found."""
+
+    text: str  # Markdown
+    rows: list[dict[str, Any]]  # the same with every round, for the JSON file
+    bars: dict[str, float]  # name -> length, for the chart
+    unit: str  # of the bars
 
 
 class Timing(NamedTuple):
@@ -30,15 +41,140 @@ def alternate(contestants: dict[str, Callable[[], int]], rounds: int) -> list[Ti
     """Run each contestant once to warm up, then ``rounds`` times in turn; each returns how many items it did."""
     for run in contestants.values():
         run()
-    timings = [Timing(name, [], []) for name in contestants]
+    timings = {name: Timing(name, [], []) for name in contestants}
+    for name, run in _turns(contestants, rounds):
+        wall, cpu = time.perf_counter(), time.process_time()
+        items = run()
+        timings[name].rates.append(items / (time.perf_counter() - wall))
+        timings[name].cpu.append((time.process_time() - cpu) / items * 1000)
+    return list(timings.values())
+
+
+def _turns(contestants: Mapping[str, C], rounds: int) -> Iterator[tuple[str, C]]:
     for _ in range(rounds):
-        for timing, run in zip(timings, contestants.values(), strict=True):
+        for turn in contestants.items():
             time.sleep(0.3)  # what another has under way ends
-            wall, cpu = time.perf_counter(), time.process_time()
-            items = run()
-            timing.rates.append(items / (time.perf_counter() - wall))
-            timing.cpu.append((time.process_time() - cpu) / items * 1000)
+            yield turn
+
+
+class Stopwatch:
+    """Time of the parts of what runs on ``device``: by CUDA events, which nothing waits for, or by the wall clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self.start()
+
+    def start(self) -> None:
+        """Forget the parts; the first begins now."""
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def mark(self, part: str) -> None:
+        """What ran since the last mark was of ``part``."""
+        self._marks.append((part, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part, summed over its marks."""
+        if self._gpu:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for (_, began), (part, ended) in zip(self._marks, self._marks[1:], strict=False):
+            passed = began.elapsed_time(ended) / 1000 if self._gpu else ended - began
+            seconds[part] = seconds.get(part, 0.0) + passed
+        return seconds
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class StepTiming(NamedTuple):
+    """Rounds of one step."""
+
+    name: str
+    parts: list[dict[str, float]]  # seconds a step of each part, one mapping a round
+    memory: list[int]  # peak bytes on the GPU beyond those held before the step, one a round; [] on a CPU
+
+    @property
+    def rounds(self) -> list[float]:
+        """Seconds a step."""
+        return [sum(parts.values()) for parts in self.parts]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def spread(self) -> str:
+        return f"{1000 * min(self.rounds):,.1f} to {1000 * max(self.rounds):,.1f}"
+
+    def shares(self) -> dict[str, float]:
+        """Median share of each part in its round."""
+        rounds = list(zip(self.parts, self.rounds, strict=True))
+        return {part: statistics.median(parts[part] / whole for parts, whole in rounds) for part in self.parts[0]}
+
+    def row(self) -> dict[str, Any]:
+        """For JSON."""
+        return self._asdict() | {"seconds": self.seconds, "shares": self.shares()}
+
+
+def alternate_steps(
+    contestants: Mapping[str, Callable[[Stopwatch], None]], rounds: int, steps: int, device: torch.device
+) -> dict[str, StepTiming]:
+    """Run each contestant once to warm up, then ``rounds`` times ``steps`` steps in turn; each marks its parts."""
+    gpu, stopwatch = device.type == "cuda", Stopwatch(device)
+    for step in contestants.values():
+        step(stopwatch)
+    timings = {name: StepTiming(name, [], []) for name in contestants}
+    for name, step in _turns(contestants, rounds):
+        if gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        stopwatch.start()
+        for _ in range(steps):
+            step(stopwatch)
+        parts = stopwatch.read()
+        timings[name].parts.append({part: seconds / steps for part, seconds in parts.items()})
+        if gpu:
+            timings[name].memory.append(torch.cuda.max_memory_allocated() - before)
     return timings
+
+
+class Comparison(NamedTuple):
+    """One contestant against the plain way to the same result."""
+
+    ours: str
+    reference: str
+    agrees: bool
+    evidence: str  # how far the results are from each other
+
+    def sentence(self, timings: Mapping[str, StepTiming]) -> str:
+        """The speed-up, or, where the results differ, that instead."""
+        if not self.agrees:
+            return f"{self.ours} DOES NOT MATCH {self.reference}: {self.evidence}; no speed-up is given"
+        speedup = timings[self.reference].seconds / timings[self.ours].seconds
+        return f"{self.ours}: {speedup:.2f} times as fast as {self.reference} ({self.evidence})"
+
+
+def bars(values: Mapping[str, float], unit: str, path: Path) -> Path:
+    """Horizontal bars, the first on top, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.35 * len(values)), layout="constrained")
+    drawn = axis.barh(list(values), list(values.values()))
+    axis.bar_label(drawn, fmt="{:,.3g}", padding=3)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlabel(unit)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
 
 
 def table(timings: list[Timing], unit: str) -> str:

@@ -1,0 +1,103 @@
+"""The network and the random images that the benchmarks of steps and attacks work on."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fasttrain.config import Config
+from fasttrain.data import Batch
+from fasttrain.models import Encoder, ModelConfig
+from fasttrain.precision import Precision, autocast_dtype, decide
+
+
+class NetworkConfig(Config):
+    """A network at its random start, and the random images it is fed."""
+
+    model: ModelConfig = ModelConfig(arch="resnet18", stem="cifar", zero_init_residual=False)
+    size: int = Field(32, ge=8)
+    "pixels of an image's side"
+    batch: int | None = Field(None, ge=2)
+    "images a step, of which contrastive objectives see two views; null: 64 on a CPU, 512 on a GPU"
+    precision: Precision = "auto"
+    "autocast of our steps and attacks (auto: bf16 where the hardware has it, else fp32)"
+    steps: int | None = Field(None, ge=1)
+    "steps a round; null: 1 on a CPU, 10 on a GPU"
+
+
+class Setting(NamedTuple):
+    """What ``NetworkConfig`` comes to on the device at hand."""
+
+    encoder: Encoder  # contiguous, in training mode; its running statistics are those of the images
+    images: Tensor  # [2 B, 3, H, W], uniform in [0, 1], contiguous
+    autocast: torch.dtype | None
+    steps: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def precision(self) -> str:
+        """Its name, for a table."""
+        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.autocast]
+
+    def batch(self, views: int, memory_format: torch.memory_format = torch.contiguous_format) -> Batch:
+        """``views`` of each of the B images: independent noise, since what a step costs does not depend on it."""
+        count = len(self.images) // 2
+        images = self.images[: views * count].contiguous(memory_format=memory_format).unflatten(0, (views, count))
+        return Batch(images, torch.zeros(count, dtype=torch.int64, device=self.device), self._index(count))
+
+    def _index(self, count: int) -> Tensor:
+        return torch.arange(count, device=self.device)
+
+
+def setting(config: NetworkConfig) -> Setting:
+    """The encoder and the images, from a fixed seed, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    torch.manual_seed(0)
+    encoder = Encoder(config.model).to(device)
+    images = torch.rand(2 * (config.batch or (512 if gpu else 64)), 3, config.size, config.size, device=device)
+    settle(encoder, images)
+    autocast = autocast_dtype(decide(config.precision, device))
+    return Setting(encoder, images, autocast, config.steps or (10 if gpu else 1))
+
+
+@torch.no_grad()
+def settle(encoder: Encoder, images: Tensor) -> None:
+    """Give every BatchNorm the running statistics of ``images``, without which an evaluation-mode network explodes."""
+    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    encoder.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def plain(encoder: Encoder) -> Encoder:
+    """A copy, as contiguous as ``encoder``, whose BatchNorms are torch's own."""
+    twin = copy.deepcopy(encoder)
+    for module in list(twin.modules()):
+        for name, child in module.named_children():
+            for kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+                if isinstance(child, kind):
+                    norm = kind(child.num_features, affine=child.affine, device=child.running_mean.device)
+                    if child.bias is None:
+                        norm.bias = None
+                    norm.load_state_dict(child.state_dict())
+                    setattr(module, name, norm)
+    return twin
+
+
+def channels_last(encoder: Encoder) -> Encoder:
+    """A copy whose weights are channels-last."""
+    return copy.deepcopy(encoder).to(memory_format=torch.channels_last)
+
+
+__all__ = ["NetworkConfig", "Setting", "channels_last", "plain", "setting"]
