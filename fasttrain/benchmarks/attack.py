@@ -1,0 +1,203 @@
+"""APGD on the embedding distance: ours beside the published way of writing it and beside torchattacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fasttrain.attacks import Attack, Linf, PerImageLoss, apgd
+from fasttrain.attacks.evaluation import loss_and_gradient, loss_only
+from fasttrain.attacks.losses import squared_distance
+from fasttrain.benchmarks.network import NetworkConfig, Setting, channels_last, plain, setting
+from fasttrain.benchmarks.timing import Comparison, Report, Stopwatch, alternate_steps
+from fasttrain.models import Encoder
+from fasttrain.models.folding import fold_batchnorm
+
+THREAT = Linf(8 / 255)
+UNIT = "forward, PyTorch"
+LOWER = 0.01
+"The share by which an attack's final loss may be below another's and still count as no lower."
+
+
+class AttackBenchConfig(NetworkConfig):
+    """APGD on how far it moves the embedding of each image, within 8/255 in L∞."""
+
+    iterations: int = Field(10, ge=1)
+    "steps of APGD"
+
+
+def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
+    """Time and final loss of the same attack, by ours in full, by ours on the plain network, by the published way.
+
+    The unit F is one forward of the plain network (contiguous, fp32, PyTorch's own BatchNorm, evaluation mode). All
+    final losses are that network's.
+    """
+    place = setting(config)
+    reference, batch = plain(place.encoder).eval(), place.batch(1)
+    fast, images = fold_batchnorm(channels_last(place.encoder)), place.batch(1, torch.channels_last).images[0]
+    with torch.no_grad():
+        targets = reference(batch.images[0]).features
+    start = THREAT.start(batch.images[0], batch.index)  # ours is the same
+    found: dict[str, Tensor] = {}
+
+    def distance(encoder: Encoder) -> PerImageLoss:
+        return lambda x: squared_distance(encoder(x).features, targets)
+
+    def attack(name: str, run: Callable[[], Tensor], autocast: bool = False) -> None:
+        def step(stopwatch: Stopwatch) -> None:
+            with cast(place, autocast):
+                found[name] = run()
+            stopwatch.mark("attack")
+
+        contestants[name] = step
+
+    ours, count = f"ours ({fast_form(place)})", config.iterations
+    contestants = passes(UNIT, distance(reference), batch.images[0], place, autocast=False)
+    contestants |= passes(f"forward, {ours}", distance(fast), images, place, autocast=True)
+    adaptive: Attack = apgd(THREAT, count)
+    attack(f"APGD-{count}, {ours}", lambda: adaptive(distance(fast), images), autocast=True)
+    attack(f"APGD-{count}, ours on the plain network", lambda: adaptive(distance(reference), batch.images[0]))
+    attack(
+        f"APGD-{count}, published code",
+        lambda: published_apgd(distance(reference), batch.images[0], start, THREAT.eps, count),
+    )
+    if (rival := torchattacks_apgd(reference, batch.images[0], targets, count)) is not None:
+        attack(f"APGD-{count}, torchattacks", rival)
+
+    timings = alternate_steps(contestants, rounds, place.steps, place.device)
+    losses = {name: loss_only(distance(reference), x) for name, x in found.items()}
+    first, _, *others = found
+    comparisons = [no_lower(first, other, losses) for other in others]
+    lines = [
+        f"{len(batch.labels)} images of {config.size} pixels, {config.model.arch}, width {config.model.width:g}\n",
+        "| what | in forwards F | least to greatest | by CPU time | ms, median | final loss |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    forward = timings[UNIT].seconds
+    for name, timing in timings.items():
+        least, greatest = min(timing.rounds) / forward, max(timing.rounds) / forward
+        loss = f"{losses[name].mean().item():.4g}" if name in losses else ""
+        lines.append(
+            f"| {name} | {timing.seconds / forward:.2f} | {least:.2f} to {greatest:.2f} "
+            f"| {ratio(timing.cpu_over(timings[UNIT]))} | {1000 * timing.seconds:,.1f} | {loss} |"
+        )
+    lines += ["", *(f"- {comparison.sentence(timings)}" for comparison in comparisons)]
+    rows = [
+        timing.row() | ({"final_loss": losses[name].mean().item()} if name in losses else {})
+        for name, timing in timings.items()
+    ]
+    in_forwards = {name: timing.seconds / forward for name, timing in timings.items()}
+    return Report("\n".join(lines), rows, in_forwards, "forwards F of the plain network")
+
+
+def no_lower(ours: str, reference: str, losses: Mapping[str, Tensor]) -> Comparison:
+    """Whether the mean of our final losses [B] is no lower: by 1 %, or by two standard errors of the difference."""
+    found, published = losses[ours], losses[reference]
+    lacking = (published - found).mean().item()
+    noise = 2 * (published - found).std().item() / len(found) ** 0.5
+    evidence = f"final loss {found.mean().item():.4g} against {published.mean().item():.4g}"
+    return Comparison(ours, reference, lacking <= max(LOWER * published.mean().item(), noise), evidence)
+
+
+def ratio(value: float | None) -> str:
+    """For a cell of a table."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def fast_form(place: Setting) -> str:
+    """What our attacks do to a network, in words."""
+    return "folded, channels-last" + (f", {place.precision} autocast" if place.autocast is not None else "")
+
+
+def cast(place: Setting, enabled: bool) -> AbstractContextManager:
+    """The setting's autocast."""
+    return torch.autocast(place.device.type, place.autocast, enabled=enabled and place.autocast is not None)
+
+
+def passes(
+    name: str, loss: PerImageLoss, images: Tensor, place: Setting, autocast: bool
+) -> dict[str, Callable[[Stopwatch], None]]:
+    """The two passes that attacks are made of: a forward without a graph, and one with the images' gradient."""
+
+    def forward(stopwatch: Stopwatch) -> None:
+        with cast(place, autocast):
+            loss_only(loss, images)
+        stopwatch.mark("forward")
+
+    def with_gradient(stopwatch: Stopwatch) -> None:
+        with cast(place, autocast):
+            loss_and_gradient(loss, images)
+        stopwatch.mark("forward and input gradient")
+
+    return {name: forward, name.replace("forward", "forward and input gradient", 1): with_gradient}
+
+
+def published_apgd(loss_of_images: PerImageLoss, images: Tensor, start: Tensor, eps: float, steps: int) -> Tensor:
+    """APGD on L∞ written the way its authors' code is: bookkeeping by indices, read on the host at every step.
+
+    A gradient is taken after the last step too, which nothing uses. Returned is each image's iterate of the highest loss.
+    """
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = loss_of_images(x)
+        return loss.detach(), torch.autograd.grad(loss.sum(), [x])[0].detach()
+
+    def ball(x: Tensor) -> Tensor:
+        return torch.clamp(torch.min(torch.max(x, images - eps), images + eps), 0.0, 1.0)
+
+    count = len(images)
+    x = start
+    loss, gradient = evaluate(x)
+    best, best_loss, best_gradient = x.clone(), loss.clone(), gradient.clone()
+    step_size = torch.full([count, 1, 1, 1], 2 * eps, device=images.device)
+    history = torch.zeros(steps, count)
+    window, shortest, decrease = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    old, counter = x.clone(), 0
+    loss_at_check, reduced = best_loss.clone(), torch.ones(count, dtype=torch.bool)
+    for i in range(steps):
+        momentum, old = x - old, x.clone()
+        share = 0.75 if i > 0 else 1.0
+        moved = ball(x + step_size * torch.sign(gradient))
+        x = ball(x + (moved - x) * share + momentum * (1 - share))
+        loss, gradient = evaluate(x)
+        history[i] = loss.cpu()
+        higher = (loss > best_loss).nonzero().squeeze(1)
+        best[higher], best_gradient[higher], best_loss[higher] = x[higher], gradient[higher], loss[higher]
+        counter += 1
+        if counter == window:
+            rises = sum((history[i - j] > history[i - j - 1]).int() for j in range(window))
+            reduced = (rises <= 0.75 * window) | (~reduced & (loss_at_check >= best_loss).cpu())
+            loss_at_check = best_loss.clone()
+            if reduced.any():
+                at = reduced.nonzero().squeeze(1).to(images.device)
+                step_size[at] /= 2.0
+                x[at], gradient[at] = best[at].clone(), best_gradient[at].clone()
+            counter, window = 0, max(window - decrease, shortest)
+    return best
+
+
+def torchattacks_apgd(encoder: Encoder, images: Tensor, targets: Tensor, steps: int) -> Callable[[], Tensor] | None:
+    """torchattacks' APGD with our loss in the place of its DLR loss; ``None`` where it is not installed."""
+    try:
+        from torchattacks import APGD
+    except ImportError:
+        return None
+
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder(x).features
+
+    attack = APGD(Features().eval(), eps=THREAT.eps, steps=steps, loss="dlr")
+    attack.dlr_loss = lambda features, labels: squared_distance(features, targets)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    return lambda: attack.attack_single_run(images, labels)[0]

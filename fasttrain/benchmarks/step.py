@@ -1,0 +1,308 @@
+"""Whole training steps in one run: plain, penalties, adversarial views, FARE, and the plain ways to write them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fasttrain.attacks import AttackConfig, image_keys
+from fasttrain.attacks.losses import squared_distance
+from fasttrain.attacks.structured import StructuredConfig
+from fasttrain.benchmarks.attack import THREAT, cast, no_lower, passes, published_apgd, ratio
+from fasttrain.benchmarks.network import NetworkConfig, Setting, channels_last, plain, setting
+from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, Stopwatch, alternate_steps
+from fasttrain.data import Batch
+from fasttrain.models import Encoded, Encoder
+from fasttrain.models.folding import fold_batchnorm
+from fasttrain.models.reference import keep_in_evaluation
+from fasttrain.objectives import (
+    Objective,
+    Reference,
+    Traits,
+    fare,
+    fare_one_sided,
+    gradient_penalty,
+    info_nce,
+    nt_xent,
+)
+from fasttrain.objectives.objective import with_traits
+from fasttrain.optim import OptimizerConfig, build_optimizer
+from fasttrain.step import Term, TrainStep
+from fasttrain.views import Structured, adversarial, structured
+
+ITERATIONS = 10
+"Of FARE's APGD."
+TOLERANCE = 1e-3
+"Relative error of losses and of parameter gradients by which two float32 steps still agree."
+PLAIN, PLAIN_TORCH = "plain", "plain, PyTorch"
+PENALTY, PENALTY_TORCH = "penalty, double backward", "penalty, PyTorch"
+FARE, FARE_TORCH, FLOOR = f"FARE, APGD-{ITERATIONS}", "FARE, published code", "FARE's floor"
+FORWARD, GRADIENT, BACKWARD = "F: forward", "F + G: forward, input gradient", "F + B: forward, backward"
+
+
+class StepBenchConfig(NetworkConfig):
+    """One optimiser step of each kind."""
+
+    temperature: float = Field(0.5, gt=0)
+    "of NT-Xent"
+    pgd_steps: int = Field(5, ge=1)
+    "of the adversarial view"
+
+
+class Step:
+    """Forward, backward, optimiser of a :class:`TrainStep`; at learning rate 0, so every round does the same work."""
+
+    def __init__(self, module: TrainStep, batch: Batch, place: Setting, name: str = "sgd", autocast: bool = True):
+        self.module, self.batch, self.place, self.autocast = module, batch, place, autocast
+        self.optimizer = build_optimizer(OptimizerConfig(name=name), module, 0, place.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+
+    def __call__(self, stopwatch: Stopwatch) -> None:
+        hooks = list(self._hooks(stopwatch))
+        self.optimizer.zero_grad()
+        with cast(self.place, self.autocast):
+            self.loss, self.values = self.module(self.batch)
+        stopwatch.mark("forward")
+        self.loss.backward()
+        stopwatch.mark("backward")
+        self.optimizer.step()
+        stopwatch.mark("optimiser")
+        self.loss = self.loss.detach()
+        for hook in hooks:
+            hook.remove()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the last step."""
+        return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+
+    def _hooks(self, stopwatch: Stopwatch) -> Iterator[RemovableHandle]:
+        """Book the reference's and the views' passes apart from the forward, and keep what a view shows."""
+        parts = {"view" if isinstance(view, Structured) else "attack": view for view in self.module.views.values()}
+        if self.module.prepare is not None:
+            parts["reference"] = self.module.prepare
+        for part, module in parts.items():
+            yield module.register_forward_pre_hook(lambda *_: stopwatch.mark("forward"))
+            yield module.register_forward_hook(lambda *_, part=part: stopwatch.mark(part))
+        for view in self.module.views.values():
+            yield view.register_forward_hook(self._see)
+
+    def _see(self, view: nn.Module, given: tuple, shown: Batch) -> None:
+        self.seen = shown.images.detach()
+
+
+def compare_steps(config: StepBenchConfig, rounds: int) -> Report:
+    """Every step's time over that of the best plain one, the split by part, and FARE's over its floor.
+
+    The contrastive steps see two views of each image, FARE one. Ours are channels-last and autocast. The plain ways are
+    contiguous, with torch's own BatchNorm, the losses as one would write them; the plain and the penalty step are
+    autocast like ours, FARE's published code is not. Their losses and parameter gradients, in float32, are what ours
+    are held against.
+
+    The floor: 10 (F + G) + F + (F + B) and the clean images' (F + B), with F and G of the folded network.
+    """
+    place = setting(config)
+    steps = _contrastive(config, place) | _fare(place)
+    timings = alternate_steps(steps | _floor_parts(place), rounds, place.steps, place.device)
+    comparisons = [
+        _same_step(PLAIN, PLAIN_TORCH, steps),
+        _same_step(PENALTY, PENALTY_TORCH, steps),
+        _no_lower(FARE, FARE_TORCH, steps),
+    ]
+    floor = _floor({name: timing.seconds for name, timing in timings.items()})
+    best = min(timings[PLAIN], timings[PLAIN_TORCH], key=lambda timing: timing.seconds)
+    bars = {name: timing.over(best) for name, timing in timings.items()} | {FLOOR: floor / best.seconds}
+    by_cpu = ""
+    if best.cpu:
+        cpu = {name: statistics.median(timing.cpu) for name, timing in timings.items()}
+        by_cpu = f"; {cpu[FARE] / _floor(cpu):.2f} times by CPU time"
+    lines = [
+        f"{len(place.images) // 2} images of {config.size} pixels, {config.model.arch}, width {config.model.width:g}, "
+        f"{place.precision}\n",
+        _table(timings, best),
+        "",
+        f"- {FARE}: {timings[FARE].seconds / floor:.2f} times its floor, {ITERATIONS} (F + G) + F + 2 (F + B) = "
+        f"{floor / best.seconds:.2f} plain steps{by_cpu}",
+        *(f"- {comparison.sentence(timings)}" for comparison in comparisons),
+    ]
+    rows = [timing.row() for timing in timings.values()] + [{"name": FLOOR, "seconds": floor}]
+    return Report("\n".join(lines), rows, bars, "time over the best plain step")
+
+
+def _contrastive(config: StepBenchConfig, place: Setting) -> dict[str, Step]:
+    tau, half = config.temperature, place.autocast is not None
+    batch, flat = place.batch(2, torch.channels_last), place.batch(2)
+
+    def ours(objective: Objective, view: nn.Module | None = None) -> Step:
+        term = Term("simclr", objective) if view is None else Term("simclr", objective, view=view.to(place.device))
+        return Step(TrainStep(channels_last(place.encoder), [term]), batch, place)
+
+    def torchs(objective: Objective) -> Step:
+        return Step(TrainStep(plain(place.encoder), [Term("simclr", objective)]), flat, place)
+
+    weight = _balancing_weight(place, tau)
+    differences = gradient_penalty(nt_xent(tau), weight, "finite_difference", precision="fp32" if half else "autocast")
+    pgd = AttackConfig(name="pgd", steps=config.pgd_steps)
+    return {
+        PLAIN: ours(nt_xent(tau)),
+        PLAIN_TORCH: torchs(plain_nt_xent(tau)),
+        PENALTY: ours(gradient_penalty(nt_xent(tau), weight)),
+        PENALTY_TORCH: torchs(plain_penalty(plain_nt_xent(tau), weight)),
+        "penalty, finite difference" + (", fp32" if half else ""): ours(differences),
+        f"adversarial view, PGD-{config.pgd_steps}": ours(nt_xent(tau), adversarial(pgd, info_nce(tau), seed=0)),
+        "structured view, colour": ours(
+            nt_xent(tau), structured(StructuredConfig(), place.encoder.backbone.num_features)
+        ),
+    }
+
+
+def _fare(place: Setting) -> dict[str, Step]:
+    attack = AttackConfig(name="apgd", steps=ITERATIONS, eps_255=255 * THREAT.eps)
+
+    def step(encoder: Encoder, view: nn.Module, batch: Batch, autocast: bool) -> Step:
+        reference = Reference(encoder)
+        terms = [Term("adversarial", fare(), view=view), Term("clean", fare(), 0.1)]
+        return Step(TrainStep(keep_in_evaluation(encoder), terms, reference), batch, place, "adamw", autocast)
+
+    ours = adversarial(attack, fare_one_sided(), seed=0).to(place.device)
+    return {
+        FARE: step(channels_last(place.encoder), ours, place.batch(1, torch.channels_last), True),
+        FARE_TORCH: step(plain(place.encoder), PublishedAttack(), place.batch(1), False),
+    }
+
+
+class PublishedAttack(nn.Module):
+    """The view that :func:`published_apgd` makes on the network as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, encoder: Encoder, batch: Batch) -> Batch:
+        def loss(x: Tensor) -> Tensor:
+            return squared_distance(encoder(x).features, batch.targets)
+
+        images = batch.images[0]
+        start = THREAT.start(images, image_keys(0, self.calls, batch.index))  # ours is the same
+        self.calls += 1
+        return batch._replace(images=published_apgd(loss, images, start, THREAT.eps, ITERATIONS)[None])
+
+
+def plain_nt_xent(temperature: float) -> Objective:
+    """NT-Xent as the cross-entropy of the whole similarity matrix, the way most code has it."""
+
+    def objective(encoded: Encoded, batch: Batch) -> Tensor:
+        z = F.normalize(encoded.projections.float())
+        rows = len(z)
+        logits = (z @ z.T / temperature).masked_fill(torch.eye(rows, dtype=torch.bool, device=z.device), -torch.inf)
+        positives = (torch.arange(rows, device=z.device) + rows // 2) % rows
+        return F.cross_entropy(logits, positives)
+
+    return objective
+
+
+def plain_penalty(of: Objective, weight: float) -> Objective:
+    """L + λ/2 Σ ‖∇ₓL‖² / 2 over both views, by ``autograd.grad(create_graph=True)``."""
+
+    def objective(encoded: Encoded, batch: Batch) -> Tensor:
+        loss = of(encoded, batch)
+        return loss + weight / 2 * _squared_gradient(loss, encoded.images, create_graph=True)
+
+    return with_traits(objective, Traits(image_gradient=True))
+
+
+def _squared_gradient(loss: Tensor, images: Tensor, create_graph: bool) -> Tensor:
+    with torch.autocast(images.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(loss, images, create_graph=create_graph)
+        return gradient.square().sum() / 2
+
+
+def _balancing_weight(place: Setting, temperature: float) -> float:
+    """λ with which penalty and loss weigh the same, so that a mistake in either shows."""
+    batch = place.batch(2)
+    encoded = plain(place.encoder)(batch.images.flatten(0, 1).requires_grad_())
+    loss = plain_nt_xent(temperature)(encoded, batch)
+    return 2 * loss.item() / _squared_gradient(loss, encoded.images, create_graph=False).item()
+
+
+def _floor_parts(place: Setting) -> dict[str, Callable[[Stopwatch], None]]:
+    encoder = keep_in_evaluation(channels_last(place.encoder))
+    folded, images = fold_batchnorm(encoder), place.batch(1, torch.channels_last).images[0]
+    with torch.no_grad():
+        targets = encoder(images + 0.01).features
+
+    def train(stopwatch: Stopwatch) -> None:
+        encoder.zero_grad()
+        with cast(place, True):
+            loss = squared_distance(encoder(images).features, targets).mean()
+        loss.backward()
+        stopwatch.mark("forward and backward")
+
+    parts = passes("forward", lambda x: squared_distance(folded(x).features, targets), images, place, True)
+    return dict(zip((FORWARD, GRADIENT), parts.values(), strict=True)) | {BACKWARD: train}
+
+
+def _floor(seconds: Mapping[str, float]) -> float:
+    forward, gradient, backward = (seconds[name] for name in (FORWARD, GRADIENT, BACKWARD))
+    return ITERATIONS * gradient + forward + 2 * backward
+
+
+def _same_step(ours: str, reference: str, steps: Mapping[str, Step]) -> Comparison:
+    """Loss and parameter gradient within the tolerance, or no further off float32 than the plain way's own autocast."""
+    given = steps[reference]
+    exact, allowed, context = given, (TOLERANCE, TOLERANCE), ""
+    if given.place.autocast is not None:
+        exact = Step(given.module, given.batch, given.place, autocast=False)
+        rounded = given.loss, given.gradients()
+        exact(Stopwatch(given.place.device))
+        theirs = _errors(*rounded, exact)
+        allowed = tuple(max(TOLERANCE, 1.5 * error) for error in theirs)
+        context = f"; PyTorch's own autocast {theirs[0]:.1e} and {theirs[1]:.1e}"
+    found = _errors(steps[ours].loss, steps[ours].gradients(), exact)
+    agrees = all(error <= most for error, most in zip(found, allowed, strict=True))
+    return Comparison(
+        ours, reference, agrees, f"loss {found[0]:.1e}, parameter gradient {found[1]:.1e} from its float32"
+    )
+
+
+def _errors(loss: Tensor, gradients: Mapping[str, Tensor], exact: Step) -> tuple[float, float]:
+    """Relative errors of the loss and, as one vector, of the parameter gradient."""
+    true = exact.gradients()
+    if gradients.keys() != true.keys():
+        return float("inf"), float("inf")
+    off = sum((gradients[name] - true[name]).square().sum().item() for name in true)
+    size = sum(gradient.square().sum().item() for gradient in true.values())
+    return abs(loss.item() / exact.loss.item() - 1), (off / size) ** 0.5
+
+
+def _no_lower(ours: str, reference: str, steps: Mapping[str, Step]) -> Comparison:
+    """What the two steps' last attacks came to, on the plain network in float32."""
+    judge = steps[reference].module.encoder
+    with torch.no_grad():
+        targets = judge(steps[reference].batch.images[0]).features
+        losses = {name: squared_distance(judge(steps[name].seen[0]).features, targets) for name in (ours, reference)}
+    return no_lower(ours, reference, losses)
+
+
+def _table(timings: Mapping[str, StepTiming], best: StepTiming) -> str:
+    gpu = any(timing.memory for timing in timings.values())
+    lines = [
+        "| step | over the best plain | by CPU time | ms, median | least to greatest | by part |"
+        + (" peak MiB |" if gpu else ""),
+        "| --- | --- | --- | --- | --- | --- |" + (" --- |" if gpu else ""),
+    ]
+    for timing in timings.values():
+        shares = timing.shares()
+        parts = ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares.items()) if len(shares) > 1 else ""
+        memory = f" {max(timing.memory) / 2**20:,.0f} |" if gpu else ""
+        lines.append(
+            f"| {timing.name} | {timing.over(best):.2f} | {ratio(timing.cpu_over(best))} | {1000 * timing.seconds:,.1f} | {timing.spread} "
+            f"| {parts} |{memory}"
+        )
+    return "\n".join(lines)
