@@ -23,9 +23,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,8 @@ from fasttrain import distributed
 from fasttrain.config import Config, differences
 from fasttrain.errors import UsageError
 from fasttrain.run import Run
+
+T = TypeVar("T")
 
 FORMAT = 1
 
@@ -73,31 +75,26 @@ def save(folder: Path, engine, step: int, state: dict[str, Any], keep: int) -> P
     optimizer, scalars = _gather_optimizer(engine)
     first = distributed.rank() == 0
 
+    @_failing_clearly(step, folder)
     def write() -> dict[str, dict[str, Any]]:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            mine = {f"rank-{distributed.rank():05d}.safetensors": _rank_state(engine.module)}
-            if first:
-                mine |= {"model.safetensors": model, "optimizer.safetensors": optimizer}
-            for file, tensors in mine.items():
-                save_file(tensors, str(partial / file))
-            if first:
-                record = {
-                    **state,
-                    "format": FORMAT,
-                    "step": step,
-                    "world_size": distributed.world_size(),
-                    "optimizer_scalars": scalars,
-                    "versions": versions(),
-                }
-                (partial / "state.json").write_text(json.dumps(record, indent=1))
-                mine["state.json"] = {}
-            return {file: _seal(partial / file) for file in mine}
-        except (OSError, SafetensorError) as error:
-            raise UsageError(
-                f"the checkpoint of step {step} cannot be written to {folder} ({error}): free space or mend the folder "
-                "and run the same command again; the previous checkpoint is untouched"
-            ) from error
+        partial.mkdir(parents=True, exist_ok=True)
+        mine = {f"rank-{distributed.rank():05d}.safetensors": _rank_state(engine.module)}
+        if first:
+            mine |= {"model.safetensors": model, "optimizer.safetensors": optimizer}
+        for file, tensors in mine.items():
+            save_file(tensors, str(partial / file))
+        if first:
+            record = {
+                **state,
+                "format": FORMAT,
+                "step": step,
+                "world_size": distributed.world_size(),
+                "optimizer_scalars": scalars,
+                "versions": versions(),
+            }
+            (partial / "state.json").write_text(json.dumps(record, indent=1))
+            mine["state.json"] = {}
+        return {file: _seal(partial / file) for file in mine}
 
     if first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +104,7 @@ def save(folder: Path, engine, step: int, state: dict[str, Any], keep: int) -> P
         file: seal for part in distributed.all_gather_object(distributed.agree(write)) for file, seal in part.items()
     }
 
+    @_failing_clearly(step, folder)
     def publish() -> None:
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _sync(partial / "manifest.json")
@@ -124,6 +122,24 @@ def save(folder: Path, engine, step: int, state: dict[str, Any], keep: int) -> P
 
     distributed.on_rank_zero(publish)
     return folder / name
+
+
+def _failing_clearly(step: int, folder: Path) -> Callable[[Callable[[], T]], Callable[[], T]]:
+    """What fails to write raises :class:`UsageError`, which the ranks then share."""
+
+    def decorate(work: Callable[[], T]) -> Callable[[], T]:
+        def guarded() -> T:
+            try:
+                return work()
+            except (OSError, SafetensorError) as error:
+                raise UsageError(
+                    f"the checkpoint of step {step} cannot be written to {folder} ({error}): free space or mend the "
+                    "folder and run the same command again; the previous checkpoint is untouched"
+                ) from error
+
+        return guarded
+
+    return decorate
 
 
 def find(folder: Path) -> tuple[Path | None, list[str]]:

@@ -123,6 +123,14 @@ def all_gather_object(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def mean(values: dict[str, Tensor]) -> dict[str, float]:
+    """Each scalar's mean over the ranks, in one all-reduce; all ranks give the same names in the same order."""
+    total = torch.stack([value.detach().float() for value in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
+
+
 def all_gather(x: Tensor) -> Tensor:
     """Stack every rank's ``x`` along a first dimension, ``[...] -> [world, ...]``; derivatives of any order are right.
 

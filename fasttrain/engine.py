@@ -333,7 +333,8 @@ def train(
             if done % run.config.log_every == 0 or last:
                 values = {"epoch": round(done / plan.steps_per_epoch, 3), "loss": verdict.loss}
                 if len(terms) > 1:  # a view's values come under their own full names
-                    values |= {n if n.startswith("view/") else f"loss/{n}": float(v) for n, v in terms.items()}
+                    means = distributed.mean(terms)
+                    values |= {n if n.startswith("view/") else f"loss/{n}": value for n, value in means.items()}
                 values |= {"loss_scale": loss_scale.scale} if loss_scale is not None else {}
                 run.report(done, values | {"lr": plan.learning_rate(step)} | meter.read())
             for evaluation in evaluations:

@@ -168,6 +168,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_whole_is_an_error(images, 
         pretrain_here(f"data.root={images}", f"run.dir={folder}")
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_a_line(images, tmp_path, monkeypatch):
+    import fasttrain.checkpoint
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    arguments = [f"data.root={images}", f"run.dir={tmp_path / 'run'}", "run.save_every=2"]
+    for where in ("save_file", "_sync"):
+        monkeypatch.setattr(fasttrain.checkpoint, where, full)
+        with pytest.raises(UsageError, match=r"checkpoint of step 2 .* No space left on device.*previous checkpoint"):
+            pretrain_here(*arguments)
+        monkeypatch.undo()
+        assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+    assert pretrain_here(*arguments) == 0  # and with space again it goes on
+
+
 def test_a_resume_that_contradicts_its_checkpoint_names_the_keys(images, undisturbed, tmp_path):
     folder = copy_of(undisturbed, tmp_path)
     with pytest.raises(UsageError, match=r"optimizer.lr: .* -> 0.07; train.steps: 6 -> 9"):

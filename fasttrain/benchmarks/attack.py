@@ -139,7 +139,8 @@ def passes(
 def published_apgd(loss_of_images: PerImageLoss, images: Tensor, start: Tensor, eps: float, steps: int) -> Tensor:
     """APGD on L∞ written the way its authors' code is: bookkeeping by indices, read on the host at every step.
 
-    A gradient is taken after the last step too, which nothing uses. Returned is each image's iterate of the highest loss.
+    A gradient is taken after the last step too, which nothing uses. Returned is each image's iterate
+    of the highest loss.
     """
 
     def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,10 @@ class EvaluateConfig(Config):
 
 
 class OnlineKNN:
-    """``(step) -> {"knn_top1": …}`` of the encoder as it stands; a callback for the training loop, run by all ranks."""
+    """``(step) -> {"knn_top1": …}`` of the encoder as it stands; a callback for the training loop, run by all ranks.
+
+    With fewer training images than ``knn.neighbours`` the report says how many were used.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,9 @@ class OnlineKNN:
     def __call__(self, step: int) -> dict[str, float]:
         train, val = self.catalogs
         bank = self.features(train, thin(train.indices, self.config.bank))
-        return {"knn_top1": knn(bank, self.features(val, val.indices), self.config.knn).top1}
+        found = knn(bank, self.features(val, val.indices), self.config.knn)
+        lowered = {"knn_neighbours": found.neighbours} if found.note else {}
+        return {"knn_top1": found.top1} | lowered
 
     def features(self, catalog: Catalog, indices: np.ndarray) -> Features:
         return catalog_features(
