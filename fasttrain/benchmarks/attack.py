@@ -156,8 +156,8 @@ def published_apgd(loss_of_images: PerImageLoss, images: Tensor, start: Tensor, 
     x = start
     loss, gradient = evaluate(x)
     best, best_loss, best_gradient = x.clone(), loss.clone(), gradient.clone()
-    step_size = torch.full([count, 1, 1, 1], 2 * eps, device=images.device)
-    history = torch.zeros(steps, count)
+    step_size = torch.full([count, 1, 1, 1], 2 * eps, dtype=images.dtype, device=images.device)
+    history = torch.zeros(steps, count, dtype=loss.dtype)
     window, shortest, decrease = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
     old, counter = x.clone(), 0
     loss_at_check, reduced = best_loss.clone(), torch.ones(count, dtype=torch.bool)

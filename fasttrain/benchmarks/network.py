@@ -6,6 +6,7 @@ import copy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ class Setting(NamedTuple):
     """What ``NetworkConfig`` comes to on the device at hand."""
 
     encoder: Encoder  # contiguous, in training mode; its running statistics are those of the images
-    images: Tensor  # [2 B, 3, H, W], uniform in [0, 1], contiguous
+    images: Tensor  # [2 B, 3, H, W], two views in [0, 1], contiguous
     autocast: torch.dtype | None
     steps: int
 
@@ -47,13 +48,11 @@ class Setting(NamedTuple):
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.autocast]
 
     def batch(self, views: int, memory_format: torch.memory_format = torch.contiguous_format) -> Batch:
-        """``views`` of each of the B images: independent noise, since what a step costs does not depend on it."""
+        """``views`` of each of the B images."""
         count = len(self.images) // 2
         images = self.images[: views * count].contiguous(memory_format=memory_format).unflatten(0, (views, count))
-        return Batch(images, torch.zeros(count, dtype=torch.int64, device=self.device), self._index(count))
-
-    def _index(self, count: int) -> Tensor:
-        return torch.arange(count, device=self.device)
+        index = torch.arange(count, device=self.device)
+        return Batch(images, torch.zeros_like(index), index)
 
 
 def setting(config: NetworkConfig) -> Setting:
@@ -62,10 +61,20 @@ def setting(config: NetworkConfig) -> Setting:
     gpu = device.type == "cuda"
     torch.manual_seed(0)
     encoder = Encoder(config.model).to(device)
-    images = torch.rand(2 * (config.batch or (512 if gpu else 64)), 3, config.size, config.size, device=device)
+    images = blobs(config.batch or (512 if gpu else 64), config.size).to(device)
     settle(encoder, images)
     autocast = autocast_dtype(decide(config.precision, device))
     return Setting(encoder, images, autocast, config.steps or (10 if gpu else 1))
+
+
+def blobs(count: int, size: int) -> Tensor:
+    """Two noisy views of each of ``count`` images of random blobs [2 B, 3, H, W], in [0, 1], view-major.
+
+    White noise would not do as well: its features hardly differ between images, and the head's BatchNorm enlarges what
+    rounding does to them (twice the error in a float32 gradient).
+    """
+    images = F.interpolate(torch.rand(count, 3, 4, 4), size=(size, size), mode="bicubic").repeat(2, 1, 1, 1)
+    return (images + 0.1 * torch.randn_like(images)).clamp(0, 1)
 
 
 @torch.no_grad()

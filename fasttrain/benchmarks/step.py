@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 
@@ -38,8 +39,8 @@ from fasttrain.views import Structured, adversarial, structured
 
 ITERATIONS = 10
 "Of FARE's APGD."
-TOLERANCE = 1e-3
-"Relative error of losses and of parameter gradients by which two float32 steps still agree."
+TOLERANCE = 1e-4
+"Relative error of a loss or a parameter gradient that always counts as agreement."
 PLAIN, PLAIN_TORCH = "plain", "plain, PyTorch"
 PENALTY, PENALTY_TORCH = "penalty, double backward", "penalty, PyTorch"
 FARE, FARE_TORCH, FLOOR = f"FARE, APGD-{ITERATIONS}", "FARE, published code", "FARE's floor"
@@ -82,6 +83,19 @@ class Step:
         """Of the last step."""
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
 
+    def in_float64(self) -> Step:
+        """The same step on a copy, in double precision."""
+        batch = self.batch._replace(images=self.batch.images.double())
+        return Step(copy.deepcopy(self.module).double(), batch, self.place, autocast=False)
+
+    def in_channels_last(self) -> Step:
+        """The same step on a copy, in that memory format."""
+        images = self.batch.images
+        flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        batch = self.batch._replace(images=flat.unflatten(0, images.shape[:2]))
+        module = copy.deepcopy(self.module).to(memory_format=torch.channels_last)
+        return Step(module, batch, self.place, autocast=self.autocast)
+
     def _hooks(self, stopwatch: Stopwatch) -> Iterator[RemovableHandle]:
         """Book the reference's and the views' passes apart from the forward, and keep what a view shows."""
         parts = {"view" if isinstance(view, Structured) else "attack": view for view in self.module.views.values()}
@@ -102,8 +116,8 @@ def compare_steps(config: StepBenchConfig, rounds: int) -> Report:
 
     The contrastive steps see two views of each image, FARE one. Ours are channels-last and autocast. The plain ways are
     contiguous, with torch's own BatchNorm, the losses as one would write them; the plain and the penalty step are
-    autocast like ours, FARE's published code is not. Their losses and parameter gradients, in float32, are what ours
-    are held against.
+    autocast like ours, FARE's published code is not. In float64 they are what losses and parameter gradients are held
+    against.
 
     The floor: 10 (F + G) + F + (F + B) and the clean images' (F + B), with F and G of the folded network.
     """
@@ -198,7 +212,7 @@ def plain_nt_xent(temperature: float) -> Objective:
     """NT-Xent as the cross-entropy of the whole similarity matrix, the way most code has it."""
 
     def objective(encoded: Encoded, batch: Batch) -> Tensor:
-        z = F.normalize(encoded.projections.float())
+        z = F.normalize(encoded.projections.to(torch.promote_types(encoded.projections.dtype, torch.float32)))
         rows = len(z)
         logits = (z @ z.T / temperature).masked_fill(torch.eye(rows, dtype=torch.bool, device=z.device), -torch.inf)
         positives = (torch.arange(rows, device=z.device) + rows // 2) % rows
@@ -254,30 +268,31 @@ def _floor(seconds: Mapping[str, float]) -> float:
 
 
 def _same_step(ours: str, reference: str, steps: Mapping[str, Step]) -> Comparison:
-    """Loss and parameter gradient within the tolerance, or no further off float32 than the plain way's own autocast."""
-    given = steps[reference]
-    exact, allowed, context = given, (TOLERANCE, TOLERANCE), ""
-    if given.place.autocast is not None:
-        exact = Step(given.module, given.batch, given.place, autocast=False)
-        rounded = given.loss, given.gradients()
-        exact(Stopwatch(given.place.device))
-        theirs = _errors(*rounded, exact)
-        allowed = tuple(max(TOLERANCE, 1.5 * error) for error in theirs)
-        context = f"; PyTorch's own autocast {theirs[0]:.1e} and {theirs[1]:.1e}"
-    found = _errors(steps[ours].loss, steps[ours].gradients(), exact)
-    agrees = all(error <= most for error, most in zip(found, allowed, strict=True))
-    evidence = f"from float32 PyTorch: loss {found[0]:.1e}, parameter gradient {found[1]:.1e}{context}"
+    """Whether loss and parameter gradient are at most twice as far from float64 as the plain way's in channels-last.
+
+    On a CPU PyTorch sums BatchNorm's statistics less accurately there, by a factor of 100, and a float32 gradient is
+    7e-3 off instead of 1e-3 (ResNet-18, 2 x 64 images of 32 pixels). That is its rounding, not a mistake of ours.
+    """
+    exact, rounded = steps[reference].in_float64(), steps[reference].in_channels_last()
+    for step in (exact, rounded):
+        step(Stopwatch(step.place.device))
+    found, allowed, theirs = (_errors(step, exact) for step in (steps[ours], rounded, steps[reference]))
+    agrees = all(error <= max(TOLERANCE, 2 * other) for error, other in zip(found, allowed, strict=True))
+    evidence = (
+        f"loss and parameter gradient {found[0]:.1e}, {found[1]:.1e} from float64; PyTorch's {theirs[0]:.1e}, "
+        f"{theirs[1]:.1e}, in channels-last {allowed[0]:.1e}, {allowed[1]:.1e}"
+    )
     return Comparison(ours, reference, agrees, evidence)
 
 
-def _errors(loss: Tensor, gradients: Mapping[str, Tensor], exact: Step) -> tuple[float, float]:
+def _errors(step: Step, exact: Step) -> tuple[float, float]:
     """Relative errors of the loss and, as one vector, of the parameter gradient."""
-    true = exact.gradients()
+    gradients, true = step.gradients(), exact.gradients()
     if gradients.keys() != true.keys():
         return float("inf"), float("inf")
     off = sum((gradients[name] - true[name]).square().sum().item() for name in true)
     size = sum(gradient.square().sum().item() for gradient in true.values())
-    return abs(loss.item() / exact.loss.item() - 1), (off / size) ** 0.5
+    return abs(step.loss.item() / exact.loss.item() - 1), (off / size) ** 0.5
 
 
 def _no_lower(ours: str, reference: str, steps: Mapping[str, Step]) -> Comparison:
