@@ -72,18 +72,19 @@ def differences(ours: Config, theirs: dict[str, Any]) -> list[str]:
     ]
 
 
-def describe(schema: type[Config], prefix: str = "") -> list[str]:
-    """One line a key, ``key  type = default  what it is``, for ``--help``."""
+def describe(schema: type[Config], prefix: str = "", values: Config | None = None) -> list[str]:
+    """One line a key, ``key = default  what it is``, for ``--help``; the defaults are those of ``values`` where given."""
     lines = []
     for name, field in schema.model_fields.items():
+        default = getattr(values, name) if values is not None else field.get_default(call_default_factory=True)
         if _is_config(field.annotation):
-            lines += describe(field.annotation, f"{prefix}{name}.")
-            continue
-        if get_origin(field.annotation) is dict:
-            lines += describe(get_args(field.annotation)[1], f"{prefix}{name}.<name>.")
-            continue
-        default = "(required)" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-        lines.append(f"  {prefix + name:30s} = {default:24s} {' '.join((field.description or '').split())}".rstrip())
+            lines += describe(field.annotation, f"{prefix}{name}.", default if isinstance(default, Config) else None)
+        elif get_origin(field.annotation) is dict:
+            lines += describe(get_args(field.annotation)[1], f"{prefix}{name}.<name>.", *list(default.values())[:1])
+        else:
+            shown = "(required)" if values is None and field.is_required() else json.dumps(default)
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"  {prefix + name:30s} = {shown:24s} {meaning}".rstrip())
     return lines
 
 

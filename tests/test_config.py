@@ -73,6 +73,10 @@ def test_differences_name_dotted_keys():
     assert differences(Outer(), saved) == ["inner.lr: 0.2 -> 0.1", "steps: (absent) -> 3"]
 
 
+def test_help_shows_the_schemas_own_defaults_of_a_section():
+    assert any(line.split() == ["inner.lr", "=", "0.7"] + line.split()[3:] for line in describe(Recipe))
+
+
 def test_help_lists_every_key_with_its_meaning():
     text = "\n".join(describe(Outer))
     assert "inner.lr" in text and "peak learning rate" in text and "steps" in text
