@@ -73,7 +73,7 @@ def differences(ours: Config, theirs: dict[str, Any]) -> list[str]:
 
 
 def describe(schema: type[Config], prefix: str = "", values: Config | None = None) -> list[str]:
-    """One line a key, ``key = default  what it is``, for ``--help``; the defaults are those of ``values`` where given."""
+    """One line a key, ``key = default  what it is``, for ``--help``; the defaults are those of ``values``, if given."""
     lines = []
     for name, field in schema.model_fields.items():
         default = getattr(values, name) if values is not None else field.get_default(call_default_factory=True)

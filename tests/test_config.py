@@ -74,7 +74,7 @@ def test_differences_name_dotted_keys():
 
 
 def test_help_shows_the_schemas_own_defaults_of_a_section():
-    assert any(line.split() == ["inner.lr", "=", "0.7"] + line.split()[3:] for line in describe(Recipe))
+    assert any(line.split()[:3] == ["inner.lr", "=", "0.7"] for line in describe(Recipe))
 
 
 def test_help_lists_every_key_with_its_meaning():
