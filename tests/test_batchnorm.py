@@ -142,16 +142,18 @@ def test_statistics_are_float32_under_autocast(ranks) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1]])
 def test_one_rank_is_torchs_own(case: str) -> None:
+    """Bit for bit but for second derivatives, which are ours on a CPU in training: those to rounding in float64."""
     kind, torchs, shape, options = CASES[case]
     ours, theirs = _norm(kind, **options), _norm(torchs, **options)
-    for seed in range(3):
+    for seed in range(4):
         x = _random(*shape, seed=seed)
-        for a, b in zip(_derivatives(ours, x), _derivatives(theirs, x), strict=True):
+        if seed == 3:
+            ours.eval(), theirs.eval()
+        (y, first, *others), (y_torch, first_torch, *others_torch) = _derivatives(ours, x), _derivatives(theirs, x)
+        assert torch.equal(y, y_torch) and torch.equal(first, first_torch)
+        torch.testing.assert_close(others, others_torch, rtol=1e-12, atol=1e-11)
+        for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
             assert torch.equal(a, b)
-    ours.eval(), theirs.eval()
-    x = _random(*shape, seed=9)
-    for a, b in zip(_derivatives(ours, x), _derivatives(theirs, x), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_state_is_torchs() -> None:

@@ -61,6 +61,8 @@ class _CrossRank:
         running = self.running_mean, self.running_var
         if use_batch and not update and self.running_mean is not None:
             running = self.running_mean.clone(), self.running_var.clone()  # to be written to and thrown away
+        if use_batch and x.device.type == "cpu" and torch.is_grad_enabled():
+            return _LocalBatchNorm.apply(x, self.weight, self.bias, *running, momentum, self.eps)
         return F.batch_norm(x, *running, self.weight, self.bias, use_batch, momentum, self.eps)
 
 
@@ -73,11 +75,30 @@ class BatchNorm2d(_CrossRank, nn.BatchNorm2d):
 
     y = w (x − μ) / √(σ² + ε) + b, with μ and σ² over images and pixels of *all* ranks' x [n, C, H, W]; n may differ
     between ranks. Statistics are float32 whatever the autocast dtype (float64 for float64 x); y has x's dtype. With one
-    rank, in evaluation mode, or with ``sync=False`` it is torch's own kernel. State and its names are torch's:
+    rank, in evaluation mode, or with ``sync=False`` it is torch's own kernel; on a CPU only its second derivative is
+    ours, which torch composes of dozens of full-size operations. State and its names are torch's:
     either loads the other's ``state_dict``. ``bias=False`` leaves b out.
 
     Why not ``nn.SyncBatchNorm``: it refuses the CPU and has no second derivative.
     """
+
+
+class _LocalBatchNorm(torch.autograd.Function):
+    """(x, w, b, running μ, running σ²) -> y of this rank's batch: torch's kernels but for the backward's backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+        y, mean, inv_std = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, inv_std)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, weight, mean, inv_std = ctx.saved_tensors
+        count = torch.full_like(mean, x.numel() // x.shape[1])
+        g_x, g_weight, g_bias = _BatchNormBackward.apply(g, x, weight, mean, inv_std, count, False)
+        return g_x, g_weight if weight is not None else None, g_bias if ctx.has_bias else None, None, None, None, None
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -98,14 +119,15 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor, *_):
         x, weight, mean, inv_std, count = ctx.saved_tensors
-        g_x, g_weight, g_bias = _SyncBatchNormBackward.apply(g, x, weight, mean, inv_std, count)
+        g_x, g_weight, g_bias = _BatchNormBackward.apply(g, x, weight, mean, inv_std, count, True)
         return g_x, g_weight if weight is not None else None, g_bias if ctx.has_bias else None, None
 
 
-class _SyncBatchNormBackward(torch.autograd.Function):
-    """The gradient of :class:`_SyncBatchNorm`, as a function of (g, x, w) that has a gradient of its own.
+class _BatchNormBackward(torch.autograd.Function):
+    """The gradient of BatchNorm, as a function of (g, x, w) that has a gradient of its own.
 
-    With x̂ = (x − μ) r, r = 1/√(σ² + ε), h = w g and ⟨·⟩ the mean over all ranks' images and pixels::
+    With x̂ = (x − μ) r, r = 1/√(σ² + ε), h = w g and ⟨·⟩ the mean over all ranks' images and pixels (over this rank's
+    where ``across`` is false)::
 
         P h = h − ⟨h⟩ − x̂ ⟨h x̂⟩        (self-adjoint; the derivative of x̂ is r P)
         ∂x = r P h        ∂w = Σ g x̂        ∂b = Σ g        (the last two over this rank's x alone)
@@ -118,13 +140,17 @@ class _SyncBatchNormBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, g, x, weight, mean, inv_std, count):
-        sum_gx, sum_g = _local_sums(g, x, mean, inv_std)
+    def forward(ctx, g, x, weight, mean, inv_std, count, across):
+        ctx.reduce = all_reduce if across else _unchanged
         w = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        mean_h, mean_hx = all_reduce(torch.stack([w * sum_g, w * sum_gx])) / count
-        # r (w g − ⟨h⟩ − x̂ ⟨h x̂⟩) is affine in g and x, channel by channel
-        on_g, on_x = w * inv_std, -inv_std.square() * mean_hx
-        g_x = _affine(x, (g, on_g), (x, on_x), constant=-inv_std * mean_h - on_x * mean)
+        if across:
+            sum_gx, sum_g = _local_sums(g, x, mean, inv_std)
+        else:
+            g_x, sum_gx, sum_g = _native_backward(g, x, w, mean, inv_std, [True, True, True])
+        mean_h, mean_hx = ctx.reduce(torch.stack([w * sum_g, w * sum_gx])) / count
+        if across:  # r (w g − ⟨h⟩ − x̂ ⟨h x̂⟩) is affine in g and x, channel by channel
+            on_g, on_x = w * inv_std, -inv_std.square() * mean_hx
+            g_x = _affine(x, (g, on_g), (x, on_x), constant=-inv_std * mean_h - on_x * mean)
         ctx.save_for_backward(g, x, w, mean, inv_std, count, sum_g, sum_gx, mean_h, mean_hx)
         ctx.has_weight = weight is not None
         return g_x, sum_gx, sum_g
@@ -136,7 +162,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         sum_ux, sum_u = _local_sums(u, x, mean, inv_std)
         sum_ug, _ = _local_sums(u, g, torch.zeros_like(mean), torch.ones_like(mean))
         mean_u, mean_ux, mean_uh, mean_vg, mean_vgx = (
-            all_reduce(torch.stack([sum_u, sum_ux, w * sum_ug, v * sum_g, v * sum_gx])) / count
+            ctx.reduce(torch.stack([sum_u, sum_ux, w * sum_ug, v * sum_g, v * sum_gx])) / count
         )
         u_Ph = mean_uh - mean_u * mean_h - mean_ux * mean_hx
 
@@ -151,7 +177,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         on_g = inv_std * v - inv_std.square() * mean_ux * w
         on_x = -inv_std.square() * (mean_ex + inv_std * u_Ph)
         g_x = _affine(x, (u, on_u), (g, on_g), (x, on_x), constant=-inv_std * mean_e - on_x * mean)
-        return g_g, g_x, g_w if ctx.has_weight else None, None, None, None
+        return g_g, g_x, g_w if ctx.has_weight else None, None, None, None, None
 
 
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,10 +198,17 @@ def _local_sums(g: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor) -> tuple[Te
     """Σ g x̂ and Σ g over this rank's images and pixels [C], accumulated in the statistics' precision."""
     if not x.numel():
         return torch.zeros_like(mean), torch.zeros_like(mean)
-    _, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
-        g.to(x.dtype), x, torch.ones_like(mean), None, None, mean, inv_std, True, 0.0, [False, True, True]
-    )
+    _, sum_gx, sum_g = _native_backward(g, x, torch.ones_like(mean), mean, inv_std, [False, True, True])
     return sum_gx, sum_g
+
+
+def _native_backward(g: Tensor, x: Tensor, w: Tensor, mean: Tensor, inv_std: Tensor, wanted: list[bool]):
+    """torch's own (∂x, Σ g x̂, Σ g) over this rank's images and pixels, those of them that are wanted."""
+    return torch.ops.aten.native_batch_norm_backward(g.to(x.dtype), x, w, None, None, mean, inv_std, True, 0.0, wanted)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _affine(like: Tensor, *terms: tuple[Tensor, Tensor], constant: Tensor) -> Tensor:
