@@ -82,4 +82,4 @@ def test_apex_that_is_missing_names_its_install_command():
         with pytest.raises(UsageError, match=r"git clone https://github.com/NVIDIA/apex"):
             require_apex()
     else:
-        pytest.skip("NVIDIA apex is installed")
+        pytest.skip("NVIDIA apex is installed here, so there is no missing one to complain of")
