@@ -10,7 +10,7 @@ from fasttrain.distributed import all_gather, rank
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoded
 from fasttrain.objectives.objective import Objective, OneSided
-from fasttrain_kernels.ntxent.reference import unit_rows
+from fasttrain_kernels.ntxent import sup_con as sup_con_rows
 
 
 def sup_con(temperature: float) -> Objective:
@@ -61,37 +61,6 @@ def info_nce(temperature: float) -> OneSided:
         return _against(fixed, images, temperature, own, all_gather(own).flatten())
 
     return against
-
-
-def sup_con_rows(
-    rows: Tensor, labels: Tensor, temperature: float, columns: Tensor, column_labels: Tensor, offset: int | None
-) -> Tensor:
-    """L_out of each row [A, n], in float32 (float64 for float64 rows), autocast or not; any order of derivative.
-
-    Args:
-        rows: anchors [A, n, d] of A views, with labels [n]; they need not be normalised.
-        columns: [V, N, d] with labels [N].
-        offset: the anchors are the columns' images ``offset`` … ``offset + n``, and none is its own positive or
-            negative (A = V); ``None``: the anchors are not among the columns.
-    """
-    with torch.autocast(rows.device.type, enabled=False):
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        anchors, n, _ = rows.shape
-        others = unit_rows(columns.to(dtype))
-        rows = others if rows is columns else unit_rows(rows.to(dtype))
-
-        same = (labels[:, None] == column_labels).to(dtype)  # [n, N]
-        positives = same @ others.sum(0)  # [n, d], the sum over all positives, which costs less than picking from s
-        count = same.sum(1) * len(others)
-        logits = (rows / temperature).flatten(0, 1) @ others.flatten(0, 1).T  # [A n, V N]
-        if offset is not None:
-            positives = positives - others[:, offset : offset + n]  # [V, n, d]: each without itself
-            count = count - 1
-            with torch.no_grad():  # exp(−∞) = 0 takes the row itself out of every sum and derivative
-                blocks = logits.view(anchors, n, len(others), -1)[:, :, :, offset:]
-                blocks.diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).fill_(-torch.inf)
-        attraction = (rows * positives).sum(-1) / (temperature * count.clamp(min=1))
-        return (logits.logsumexp(-1).view(anchors, n) - attraction).masked_fill(count == 0, 0)
 
 
 def projections(encoded: Encoded, images: int, objective: str) -> Tensor:

@@ -1,0 +1,30 @@
+"""A loop in slices, one a thread, for compiled functions that release Python's global lock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import torch
+
+
+def in_slices(count: int, work: Callable[[int, int], None]) -> None:
+    """``work(start, stop)`` over parts of ``range(count)`` that together are the whole, at once on torch's threads.
+
+    As many parts as ``torch.get_num_threads()``, equal to within one, one of them on the calling thread. Returns when
+    all are done; raises what any of them raised.
+    """
+    parts = max(1, min(torch.get_num_threads(), count))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    others = [_pool(os.getpid(), parts).submit(work, *pair) for pair in zip(bounds[1:], bounds[2:], strict=False)]
+    work(bounds[0], bounds[1])
+    for other in others:
+        other.result()
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Per process, since threads do not survive a fork."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="fasttrain-kernel")
