@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fasttrain.attacks import Attack, Linf, PerImageLoss, apgd
+from fasttrain.attacks import Linf, PerImageLoss, Threat, apgd
 from fasttrain.attacks.evaluation import loss_and_gradient, loss_only
 from fasttrain.attacks.losses import squared_distance
 from fasttrain.benchmarks.network import NetworkConfig, Setting, channels_last, plain, setting
@@ -34,23 +35,26 @@ def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
     """Time and final loss of the same attack, by ours in full, by ours on the plain network, by the published way.
 
     The unit F is one forward of the plain network (contiguous, fp32, PyTorch's own BatchNorm, evaluation mode). All
-    final losses are that network's.
+    start at the same points, others at each call, raise the distance from the same embeddings, and are judged by that
+    network's loss over all calls.
     """
     place = setting(config)
     reference, batch = plain(place.encoder).eval(), place.batch(1)
     fast, images = fold_batchnorm(channels_last(place.encoder)), place.batch(1, torch.channels_last).images[0]
     with torch.no_grad():
         targets = reference(batch.images[0]).features
-    start = THREAT.start(batch.images[0], batch.index)  # ours is the same
-    found: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
 
     def distance(encoder: Encoder) -> PerImageLoss:
         return lambda x: squared_distance(encoder(x).features, targets)
 
-    def attack(name: str, run: Callable[[], Tensor], autocast: bool = False) -> None:
+    def attack(name: str, run: Callable[[Threat], Tensor], autocast: bool = False) -> None:
+        found[name] = []
+
         def step(stopwatch: Stopwatch) -> None:
+            torch.manual_seed(len(found[name]))
             with cast(place, autocast):
-                found[name] = run()
+                found[name].append(run(TorchattacksStart(THREAT.eps)))
             stopwatch.mark("attack")
 
         contestants[name] = step
@@ -58,32 +62,33 @@ def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
     ours, count = f"ours ({fast_form(place)})", config.iterations
     contestants = passes(UNIT, distance(reference), batch.images[0], place, autocast=False)
     contestants |= passes(f"forward, {ours}", distance(fast), images, place, autocast=True)
-    adaptive: Attack = apgd(THREAT, count)
-    attack(f"APGD-{count}, {ours}", lambda: adaptive(distance(fast), images), autocast=True)
-    attack(f"APGD-{count}, ours on the plain network", lambda: adaptive(distance(reference), batch.images[0]))
+    attack(f"APGD-{count}, {ours}", lambda threat: apgd(threat, count)(distance(fast), images), autocast=True)
+    plainly = distance(reference), batch.images[0]
+    attack(f"APGD-{count}, ours on the plain network", lambda threat: apgd(threat, count)(*plainly))
     attack(
         f"APGD-{count}, published code",
-        lambda: published_apgd(distance(reference), batch.images[0], start, THREAT.eps, count),
+        lambda threat: published_apgd(*plainly, threat.start(batch.images[0], batch.index), threat.eps, count),
     )
     if (rival := torchattacks_apgd(reference, batch.images[0], targets, count)) is not None:
-        attack(f"APGD-{count}, torchattacks", rival)
+        attack(f"APGD-{count}, torchattacks", lambda _: rival())
 
-    timings = alternate_steps(contestants, rounds, place.steps, place.device)
-    losses = {name: loss_only(distance(reference), x) for name, x in found.items()}
+    timings = alternate_steps(contestants, rounds, place.steps, place.device, memory=True)
+    losses = {name: torch.cat([loss_only(distance(reference), x) for x in calls]) for name, calls in found.items()}
     first, _, *others = found
     comparisons = [no_lower(first, other, losses) for other in others]
     lines = [
         f"{len(batch.labels)} images of {config.size} pixels, {config.model.arch}, width {config.model.width:g}\n",
-        "| what | in forwards F | least to greatest | by CPU time | ms, median | final loss |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| what | in forwards F | least to greatest | by CPU time | ms, median | peak MiB | final loss |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     forward = timings[UNIT].seconds
     for name, timing in timings.items():
         least, greatest = min(timing.rounds) / forward, max(timing.rounds) / forward
         loss = f"{losses[name].mean().item():.4g}" if name in losses else ""
+        memory = "" if timing.memory is None else f"{timing.memory / 2**20:,.0f}"
         lines.append(
             f"| {name} | {timing.seconds / forward:.2f} | {least:.2f} to {greatest:.2f} "
-            f"| {ratio(timing.cpu_over(timings[UNIT]))} | {1000 * timing.seconds:,.1f} | {loss} |"
+            f"| {ratio(timing.cpu_over(timings[UNIT]))} | {1000 * timing.seconds:,.1f} | {memory} | {loss} |"
         )
     lines += ["", *(f"- {comparison.sentence(timings)}" for comparison in comparisons)]
     rows = [
@@ -92,6 +97,16 @@ def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
     ]
     in_forwards = {name: timing.seconds / forward for name, timing in timings.items()}
     return Report("\n".join(lines), rows, in_forwards, "forwards F of the plain network")
+
+
+@dataclass(frozen=True)
+class TorchattacksStart(Linf):
+    """A ball whose random start is that of torchattacks' APGD from the same state of torch's generator."""
+
+    def start(self, images: Tensor, keys: Tensor) -> Tensor:
+        noise = 2 * torch.rand(images.shape).to(images.device) - 1
+        noise = noise / noise.abs().amax((1, 2, 3), keepdim=True)
+        return torch.empty_like(images).copy_((images + self.eps * noise).clamp(0, 1))
 
 
 def no_lower(ours: str, reference: str, losses: Mapping[str, Tensor]) -> Comparison:

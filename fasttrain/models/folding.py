@@ -6,10 +6,12 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasttrain.models import Encoder
+from fasttrain.models.frozen import FrozenChain, FrozenMaxPool
+from fasttrain.models.resnet import BasicBlock, Bottleneck, FewShotBlock, ResNet
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,9 +23,10 @@ def fold_batchnorm(encoder: Encoder) -> Encoder:
 
         BN(w ∗ x + b) = (s w) ∗ x + (β + s (b − μ))
 
-    It equals the encoder to rounding and is differentiable in the images. Its weights are constants, taken from the
-    encoder at this call: call again once they have changed (the cost is one pass over them). The encoder and its hooks
-    are left alone.
+    It equals the encoder to rounding and is differentiable once in the images. Its weights are constants, taken from
+    the encoder at this call: call again once they have changed (the cost is a few passes over them). The encoder and
+    its hooks are left alone. Residual blocks and stem are fused (:class:`FrozenChain`), which may change the memory
+    format of the stages; features are float32 under autocast, too.
 
     Raises:
         ValueError: a BatchNorm that does not directly follow a convolution or a linear layer.
@@ -49,9 +52,36 @@ def _folded(module: M) -> M:
                 raise ValueError(f"cannot fold BatchNorm '{name}': no convolution or linear layer directly before it")
             _fold(layer, child)
             child = nn.Identity()
-        twin._modules[name] = child if child is None else _folded(child)
+        twin._modules[name] = child if child is None else _fused(_folded(child))
         layer = twin._modules[name] if isinstance(child, (nn.Conv2d, nn.Linear)) else None
     return twin
+
+
+def _fused(twin: nn.Module) -> nn.Module:
+    """What does the work of a folded residual block or stem in fewer passes; anything else as it is."""
+    if isinstance(twin, (BasicBlock, Bottleneck, FewShotBlock)):
+        convolutions = [child for child in twin.children() if isinstance(child, nn.Conv2d)]
+        shortcut = nn.Identity() if twin.downsample is None else twin.downsample[0]
+        chain = FrozenChain(convolutions, shortcut, getattr(twin.relu, "negative_slope", 0.0))
+        return nn.Sequential(chain, FrozenMaxPool(twin.maxpool)) if isinstance(twin, FewShotBlock) else chain
+    if isinstance(twin, ResNet):
+        twin.avgpool = _WideAverage()
+        if hasattr(twin, "conv1"):
+            twin.conv1, twin.relu = FrozenChain([twin.conv1]), nn.Identity()
+            if isinstance(twin.maxpool, nn.MaxPool2d):
+                twin.maxpool = FrozenMaxPool(twin.maxpool)
+    return twin
+
+
+class _WideAverage(nn.Module):
+    """The average over pixels [B, C, 1, 1], at least float32.
+
+    An attack on embeddings raises their distance from embeddings close by: features rounded to bfloat16 lose much of
+    that small difference and with it the direction to go.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _fold(layer: nn.Module, norm: _BatchNorm) -> None:

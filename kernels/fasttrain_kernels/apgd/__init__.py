@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import importlib.util
+from collections.abc import Callable
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from fasttrain_kernels.apgd.reference import Norm, State, apgd_step_reference, ascend, initial_state, project
+from fasttrain_kernels.apgd.rows import lies_in_rows
+
+Implementation = Literal["auto", "reference", "cpu", "triton"]
 
 
 def apgd_step(
@@ -21,6 +27,7 @@ def apgd_step(
     window: int = 0,
     momentum: float = 0.75,
     rho: float = 0.75,
+    impl: Implementation = "auto",
 ) -> State:
     """Take in the loss and gradient at ``state.x`` and return the state with the next iterate (Croce & Hein 2020).
 
@@ -39,9 +46,11 @@ def apgd_step(
         window: iterates since the last checkpoint where this is one, 0 elsewhere.
         momentum: α of the paper, on the gradient step; 1 − α on the last move.
         rho: ρ of the paper, the share of rises below which the step size is halved.
+        impl: "reference" (plain PyTorch), "cpu" (numba, float32 and float64) or "triton" (float32), both for images
+            that lie in memory one after the other; "auto" takes the fastest that fits.
 
     Raises:
-        ValueError: an unknown norm, shapes that do not fit.
+        ValueError: an unknown norm, shapes that do not fit, an ``impl`` that is unknown or does not take these tensors.
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm={norm!r}: choose one of {', '.join(get_args(Norm))}")
@@ -50,7 +59,35 @@ def apgd_step(
             f"loss {list(loss.shape)} and gradient {list(gradient.shape)} do not fit images {list(images.shape)}: "
             "give one loss an image and the gradient of their sum"
         )
-    return apgd_step_reference(state, loss, gradient, images, eps, norm, first, window, momentum, rho)
+    step = _implementation(impl, state, loss, gradient, images)
+    return step(state, loss, gradient, images, eps, norm, first, window, momentum, rho)
 
 
-__all__ = ["Norm", "State", "apgd_step", "ascend", "initial_state", "project"]
+def _implementation(
+    impl: Implementation, state: State, loss: Tensor, gradient: Tensor, images: Tensor
+) -> Callable[..., State]:
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl={impl!r}: choose one of {', '.join(get_args(Implementation))}")
+    x = state.x
+    numbers = [t for t in (loss, gradient, images, *state) if t.dtype not in (torch.int32, torch.bool)]
+    alike = all((t.dtype, t.device) == (x.dtype, x.device) for t in numbers) and lies_in_rows(x)
+    on_gpu = x.device.type == "cuda"
+    cpu = alike and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    triton = alike and x.dtype == torch.float32 and (on_gpu or impl == "triton")  # its interpreter takes CPU tensors
+    if cpu and impl in ("auto", "cpu"):
+        from fasttrain_kernels.apgd.cpu import apgd_step_cpu
+
+        return apgd_step_cpu
+    if triton and (impl == "triton" or (impl == "auto" and importlib.util.find_spec("triton"))):
+        from fasttrain_kernels.apgd.triton import apgd_step_triton
+
+        return apgd_step_triton
+    if impl in ("cpu", "triton"):
+        raise ValueError(
+            f"impl={impl!r} does not take images of {x.dtype}, strides {list(x.stride())} on {x.device} with a loss of "
+            f"{loss.dtype} and a gradient of {gradient.dtype}: use impl='auto'"
+        )
+    return apgd_step_reference
+
+
+__all__ = ["Implementation", "Norm", "State", "apgd_step", "ascend", "initial_state", "project"]
