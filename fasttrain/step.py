@@ -44,17 +44,22 @@ class TrainStep(nn.Module):
         self.prepare = prepare
         self.views = nn.ModuleDict({term.name: term.view for term in terms if isinstance(term.view, nn.Module)})
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, terms: Sequence[Term] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss (scalar) and what to log of it, detached: each term's own value (unweighted) by its name,
-        and what its view reports as ``view/<term>/<name>``."""
+        and what its view reports as ``view/<term>/<name>``.
+
+        Args:
+            terms: to be summed in place of the module's own.
+        """
+        terms = self.terms if terms is None else terms
         if self.prepare is not None:
             batch = self.prepare(batch)
         encodings: dict[View, tuple[Encoded, Batch]] = {}
         loss, values = 0.0, {}
-        for term in self.terms:
+        for term in terms:
             if term.view not in encodings:
                 seen = term.view(self.encoder, batch)
-                sharing = [other.objective for other in self.terms if other.view == term.view]
+                sharing = [other.objective for other in terms if other.view == term.view]
                 encodings[term.view] = encode(self.encoder, seen.images.flatten(0, 1), sharing), seen
             value = term.objective(*encodings[term.view]).mean()
             values[term.name] = value.detach()

@@ -1,17 +1,20 @@
 """Benchmarks: contestants that do the same work, timed alternately in one run.
 
+  python launch/bench.py kernels                     each kernel and pass beside PyTorch and peers, against ceilings
   python launch/bench.py loader data.root=/data/imagenet                  our DALI loader beside a bare DALI pipeline
   python launch/bench.py loader data.root=/data/cifar.beton loader.kind=ffcv augment.size=32 augment.blur=0
-  python launch/bench.py step                                             penalties, adversarial views, FARE
-  python launch/bench.py attack precision=fp32                            APGD on the embedding distance
-  python launch/bench.py step quick=true                                  tiny sizes: does all of it run?
+  python launch/bench.py step                        penalties, adversarial views, FARE
+  python launch/bench.py attack precision=fp32       APGD on the embedding distance
+  python launch/bench.py all loader.data.root=/data/imagenet step.model.arch=resnet50    the four; keys by task
+  python launch/bench.py all --quick                 tiny sizes: does all of it run?
 
-Prints a Markdown table and writes it with the numbers as JSON, and a bar chart beside that. `<task> --help` lists the
-keys of a task.
+Prints a Markdown table and writes it as a file, the numbers as JSON beside that, and a bar chart a task.
+`<task> --help` lists the keys of a task; kernels/benchmarks/METHOD.md says how it is measured.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from collections.abc import Callable
@@ -22,38 +25,34 @@ from pydantic import Field
 
 from fasttrain import cli
 from fasttrain.benchmarks.attack import AttackBenchConfig, compare_attacks
-from fasttrain.benchmarks.loader import compare_loaders
+from fasttrain.benchmarks.kernels import KernelBenchConfig, compare_kernels
+from fasttrain.benchmarks.loader import LoaderBenchConfig, compare_loaders
+from fasttrain.benchmarks.machine import hardware, versions
 from fasttrain.benchmarks.step import StepBenchConfig, compare_steps
-from fasttrain.benchmarks.timing import Report, bars, machine, table
+from fasttrain.benchmarks.timing import Report, bars
 from fasttrain.config import Config
-from fasttrain.data.augment import AugmentConfig
-from fasttrain.data.catalog import DataConfig, open_catalog
-from fasttrain.data.loader import LoaderConfig
+from fasttrain_kernels.heap import keep_heap
 
 
 class BenchConfig(Config):
     """What to time, how often."""
 
-    task: Literal["loader", "step", "attack"]
-    "loader, step or attack; the first argument"
+    task: Literal["kernels", "loader", "step", "attack", "all"]
+    "kernels, loader, step, attack or all; the first argument"
     rounds: int = Field(5, ge=1)
     "rounds of each contestant"
     quick: bool = False
-    "tiny sizes where none is given, and one round: to see that all of it runs"
+    "tiny sizes where none is given, and one round: to see that all of it runs; --quick is the same"
     output: str = "bench.json"
-    "the JSON file; the chart goes beside it"
+    "the JSON file; the table goes beside it as Markdown, and the chart"
 
 
-class LoaderBench(BenchConfig):
+class KernelBench(BenchConfig, KernelBenchConfig):
+    """Which kernels, at what sizes."""
+
+
+class LoaderBench(BenchConfig, LoaderBenchConfig):
     """What to load."""
-
-    batch: int = Field(128, ge=1)
-    "images a batch"
-    batches: int = Field(20, ge=1)
-    "batches a round"
-    data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    loader: LoaderConfig = LoaderConfig()
 
 
 class StepBench(BenchConfig, StepBenchConfig):
@@ -64,44 +63,73 @@ class AttackBench(BenchConfig, AttackBenchConfig):
     """What network, on what."""
 
 
-def bench_loader(config: LoaderBench) -> Report:
-    catalog = open_catalog(config.data, "train")
-    timings = compare_loaders(catalog, config.augment, config.loader, config.batch, config.batches, config.rounds)
-    rates = {timing.name: timing.rate for timing in timings}
-    return Report(table(timings, "images"), [timing._asdict() for timing in timings], rates, "images/s")
+class AllBench(BenchConfig):
+    """Every task, each with its own keys."""
+
+    kernels: KernelBenchConfig = KernelBenchConfig()
+    loader: LoaderBenchConfig = LoaderBenchConfig()
+    step: StepBenchConfig = StepBenchConfig()
+    attack: AttackBenchConfig = AttackBenchConfig()
 
 
 class Task(NamedTuple):
     schema: type[BenchConfig]
-    run: Callable[[Any], Report]
+    run: Callable[[Any, int], Report]
     quick: dict[str, Any]
 
 
-TINY = {"rounds": 1, "batch": 8, "size": 16, "model": {"width": 0.0625}}
+TINY = {"batch": 8, "size": 16, "model": {"width": 0.0625}}
+TINY_KERNELS = {"copy_mib": 4, "images": 48, "dim": 16, "batch": 4, "channels": 8, "size": 8, "pixels": 16, "side": 256}
 TASKS = {
-    "loader": Task(LoaderBench, bench_loader, {"rounds": 1, "batch": 8, "batches": 2}),
-    "step": Task(StepBench, lambda config: compare_steps(config, config.rounds), TINY),
-    "attack": Task(AttackBench, lambda config: compare_attacks(config, config.rounds), TINY),
+    "kernels": Task(KernelBench, compare_kernels, TINY_KERNELS),
+    "loader": Task(LoaderBench, compare_loaders, {"batch": 8, "batches": 2}),
+    "step": Task(StepBench, compare_steps, TINY),
+    "attack": Task(AttackBench, compare_attacks, TINY),
 }
 
 
 def bench(config: BenchConfig) -> None:
-    report = TASKS[config.task].run(config)
+    keep_heap()  # as training does on a CPU
+    parts = {name: getattr(config, name) for name in TASKS} if config.task == "all" else {config.task: config}
+    reports = {name: TASKS[name].run(part, config.rounds) for name, part in parts.items()}
     command = " ".join(["python", "launch/bench.py", *sys.argv[1:]])
-    print(f"{machine()}\n`{command}`\n\n{report.text}")
-    result = {"command": command, "machine": machine(), "config": config.model_dump(mode="json"), "rows": report.rows}
+    date, machine, found = datetime.date.today().isoformat(), hardware(), versions()
+    result = {
+        "command": command,
+        "date": date,
+        "machine": machine,
+        "versions": found,
+        "config": config.model_dump(mode="json"),
+        "rows": [{"task": name} | row for name, report in reports.items() for row in report.rows],
+    }
     output = Path(config.output)
     output.write_text(json.dumps(result, indent=1) + "\n")
-    bars(report.bars, report.unit, output.with_suffix(".png"))
+    for name, report in reports.items():
+        chart = output.with_suffix(".png") if len(reports) == 1 else output.with_name(f"{output.stem}_{name}.png")
+        bars(report.bars, report.unit, chart)
+    with_versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    lines = [f"# {config.task.capitalize()} on {machine}, {date}", f"`{command}`", f"{with_versions}."]
+    for name, report in reports.items():
+        lines += [f"## {name.capitalize()}"] * (len(reports) > 1) + [report.text]
+    text = "\n\n".join(lines)
+    output.with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+def schema_of(task: str) -> type[BenchConfig]:
+    return TASKS[task].schema if task in TASKS else AllBench if task == "all" else BenchConfig
 
 
 def quick(given: dict[str, Any]) -> dict[str, Any]:
-    """The task's tiny sizes, where they are asked for."""
-    task = TASKS.get(given.get("task"))
-    return task.quick if task is not None and given.get("quick") else {}
+    """The tiny sizes, where they are asked for."""
+    if not given.get("quick"):
+        return {}
+    sizes = {name: task.quick for name, task in TASKS.items()}
+    return {"rounds": 1, **(sizes if given.get("task") == "all" else sizes.get(given.get("task"), {}))}
 
 
 if __name__ == "__main__":
+    if "--quick" in sys.argv:
+        sys.argv = [*(argument for argument in sys.argv if argument != "--quick"), "quick=true"]
     named = sys.argv[1].removeprefix("task=") if len(sys.argv) > 1 else ""
-    schema = TASKS[named].schema if named in TASKS else BenchConfig
-    cli.main(schema, bench, __doc__, positional=("task",), base=quick)
+    cli.main(schema_of(named), bench, __doc__, positional=("task",), base=quick)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.attacks import apgd
 from fasttrain.attacks.losses import squared_distance
-from fasttrain.benchmarks import step
+from fasttrain.benchmarks import kernels, step
 from fasttrain.benchmarks.attack import THREAT, no_lower, published_apgd
+from fasttrain.benchmarks.cases import OURS, PYTORCH, Case, contrastive, layers
+from fasttrain.benchmarks.ceilings import COPY, PRODUCT, Work, ceilings
+from fasttrain.benchmarks.memory import peak_memory
 from fasttrain.benchmarks.network import NetworkConfig, plain, setting
 from fasttrain.benchmarks.timing import Comparison, StepTiming, Stopwatch, alternate, alternate_steps, table
 from fasttrain.config import load
 from fasttrain.errors import UsageError
 from fasttrain.models import ModelConfig
-from tests.test_launch import script
+from tests.test_launch import ROOT, environment, script
+
+CPU = torch.device("cpu")
 
 
 def test_contestants_take_turns_after_a_warm_up():
@@ -139,7 +148,8 @@ def test_the_published_attack_and_ours_go_the_same_way(steps):
 def test_the_plain_network_is_the_same_function():
     place = setting(NETWORK)
     twin = plain(place.encoder)
-    assert not any(type(module).__module__ == "fasttrain.models.batchnorm" for module in twin.modules())
+    ours = {"fasttrain.models.batchnorm", "fasttrain.models.convolution"}
+    assert not any(type(module).__module__ in ours for module in twin.modules())
     assert twin.state_dict().keys() == place.encoder.state_dict().keys()
     for mode in (True, False):
         found, expected = twin.train(mode)(place.images), place.encoder.train(mode)(place.images)
@@ -163,8 +173,8 @@ def test_parts_of_a_step_add_up():
     timing = alternate_steps({"a": contestant}, rounds=3, steps=2, device=torch.device("cpu"))["a"]
     assert len(timing.parts) == len(timing.cpu) == 3 and set(timing.parts[0]) == {"first", "second"}
     assert sum(timing.shares().values()) == pytest.approx(1, abs=0.2)
-    slow = StepTiming("slow", [{"all": 4.0}, {"all": 6.0}, {"all": 1.0}], [8.0, 8.0, 8.0], [])
-    fast = StepTiming("fast", [{"all": 2.0}], [2.0], [])
+    slow = StepTiming("slow", [{"all": 4.0}, {"all": 6.0}, {"all": 1.0}], [8.0, 8.0, 8.0])
+    fast = StepTiming("fast", [{"all": 2.0}], [2.0])
     assert slow.over(fast) == 2 and slow.cpu_over(fast) == 4 and slow.spread == "1,000.0 to 6,000.0"
     sentence = Comparison("fast", "slow", True, "").sentence({"fast": fast, "slow": slow})
     assert "2.00 times as fast as slow, 4.00 by CPU time" in sentence
@@ -174,3 +184,158 @@ def test_keys_of_another_task_are_refused():
     module = script("bench")
     with pytest.raises(UsageError, match="unknown key 'loader"):
         load(module.StepBench, ["task=step", "loader.kind=ffcv"])
+
+
+def test_kernels_are_timed_beside_their_references_and_the_ceilings(tmp_path, capsys):
+    found = run("kernels", tmp_path)
+    rows = {(row["kernel"], row["passes"], row["name"]): row for row in found["rows"]}
+    assert all(row["task"] == "kernels" and row["seconds"] > 0 and row["share"] > 0 for row in rows.values())
+    assert {kernel for kernel, _, _ in rows} == {
+        "NT-Xent",
+        "SupCon",
+        "BatchNorm + residual + ReLU",
+        "3 x 3 convolution",
+        "APGD step, linf",
+        "APGD step, l2",
+    }
+    double = rows["NT-Xent", "forward, backward, double backward", "ours"]
+    assert set(double["errors"]) == {"loss", "gradient", "Hessian product"} and double["agrees"]
+    assert double["over_ours"] == 1 and max(double["errors"].values()) < 1e-5
+    assert rows["NT-Xent", "forward, backward", "two products and exponentials"]["agrees"] is None
+    for kernel, passes in {key[:2] for key in rows}:
+        assert rows[kernel, passes, PRODUCT]["share"] == rows[kernel, passes, COPY]["share"] == 1
+        assert rows[kernel, passes, PRODUCT]["over_ours"] is None
+    printed = capsys.readouterr().out
+    assert "DOES NOT MATCH" not in printed and "does not run" not in printed
+    assert "| what | ms, median | least to greatest | over ours | of the ceiling | peak MiB" in printed
+    assert (tmp_path / "bench.md").read_text() == printed
+    assert printed.startswith("# Kernels on ") and f"torch {torch.__version__}" in printed
+    assert found["versions"]["torch"] == torch.__version__ and len(found["date"]) == 10
+
+
+def test_every_task_in_one_go(images, tmp_path, capsys):
+    module = script("bench")
+    given = ["task=all", "quick=true", f"output={tmp_path / 'all.json'}", f"loader.data.root={images}"]
+    given += ["loader.augment.size=16", "loader.loader.threads=1", "kernels.kernels=[apgd]", "attack.iterations=2"]
+    module.bench(load(module.schema_of("all"), given, module.quick))
+    found = json.loads((tmp_path / "all.json").read_text())
+    tasks = {"kernels", "loader", "step", "attack"}
+    assert {row["task"] for row in found["rows"]} == tasks
+    assert found["config"]["step"]["size"] == 16 and found["config"]["rounds"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"all.json", "all.md"} | {f"all_{task}.png" for task in tasks}
+    printed = capsys.readouterr().out
+    assert all(f"\n## {task.capitalize()}\n" in printed for task in tasks)
+
+
+def test_the_script_takes_the_quick_flag_anywhere(tmp_path):
+    output = tmp_path / "flag.json"
+    arguments = ["--quick", "attack", "iterations=1", f"output={output}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/bench.py"), *arguments], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(output.read_text())["config"]["size"] == 16
+
+
+def test_a_wrong_kernel_gets_no_speed_up(tmp_path, monkeypatch, capsys):
+    right = contrastive.nt_xent
+
+    def wrong(z, temperature, impl):
+        return right(z, temperature * (1.001 if impl == "auto" else 1), impl=impl)
+
+    monkeypatch.setattr(contrastive, "nt_xent", wrong)
+    found = run("kernels", tmp_path, "kernels=[nt_xent]", "images=8")
+    assert all(row["over_ours"] is None for row in found["rows"])
+    assert [row["agrees"] for row in found["rows"] if row["name"] == "reference"] == [True, True]
+    printed = capsys.readouterr().out
+    assert printed.count("ours DOES NOT MATCH float64") == 2
+    assert "times as fast" not in printed and "times the time" not in printed
+
+
+def test_a_peer_that_fails_or_errs_is_named_and_gets_no_ratio():
+    def fails():
+        raise RuntimeError("out of memory\nand more")
+
+    def returns(value):
+        return lambda: (torch.tensor([value]),)
+
+    contestants = {OURS: returns(2.0), PYTORCH: returns(2.0), "wrong": returns(2.1), "broken": fails}
+    case = Case("k", "forward", "1", torch.float32, Work(8, 8), ("y",), returns(2.0), contestants)
+    report = kernels.compare(case, ceilings(torch.float32, CPU, 32, 1), 1, CPU)
+    rows = {row["name"]: row for row in report.rows}
+    assert rows["wrong"]["over_ours"] is None and rows[PYTORCH]["over_ours"] > 0
+    assert "- broken does not run: out of memory\n" in report.text + "\n"
+    assert "- wrong DOES NOT MATCH float64: y 5.0e-02 off" in report.text
+    assert "times as fast as PyTorch" in report.text
+
+
+def test_agreement_allows_twice_the_usual_error_and_no_more():
+    def errors(ours, usual):
+        contestants = {OURS: lambda: (torch.tensor([1 + ours]),), PYTORCH: lambda: (torch.tensor([1 + usual]),)}
+        truth = lambda: (torch.ones(1, dtype=torch.float64),)  # noqa: E731
+        found, _ = kernels.agreement(Case("k", "", "", torch.float32, Work(0, 1), ("y",), truth, contestants))
+        return found[OURS].agrees
+
+    assert errors(5e-6, 0) and not errors(1e-4, 0)
+    assert errors(1.9e-3, 1e-3) and not errors(2.1e-3, 1e-3)
+    assert not errors(float("nan"), 1e-3)
+
+
+def test_floating_point_operations_against_a_count_of_the_products():
+    z, u = torch.randn(2, 6, 4)
+    g = torch.randn(6, 6)
+    with FlopCounterMode(display=False) as first:
+        _ = z @ z.T, (g + g.T) @ z
+    with FlopCounterMode(display=False) as second:
+        _ = z @ z.T, (g + g.T) @ z, u @ z.T, (g + g.T) @ u, (g + g.T) @ z
+    assert contrastive.work(6, 4, 4, False) == (first.get_total_flops(), 2 * 6 * 4 * 4) == (2 * 2 * 6 * 6 * 4, 192)
+    assert contrastive.work(6, 4, 4, True) == (second.get_total_flops(), 3 * 6 * 4 * 4)
+    (case,) = layers.convolution_cases((2, 3, 5, 5), torch.float32, CPU)
+    assert case.work.flops == 4 * 2 * (2 * 3 * 5 * 5) * (3 * 3 * 3)  # four passes, a product of 27 an output
+
+
+def test_ceilings_are_what_was_asked_for():
+    limits = ceilings(torch.float32, CPU, side=64, mib=1)
+    assert limits.work == {PRODUCT: (2 * 64**3, 3 * 64**2 * 4), COPY: (0, 2 * 2**20)}
+    timings = {PRODUCT: StepTiming(PRODUCT, [{"all": 2.0}], []), COPY: StepTiming(COPY, [{"all": 1.0}], [])}
+    slow = StepTiming("slow", [{"all": 4.0}], [])
+    assert limits.share(Work(64**3, 2**20), slow, timings) == (0.25, PRODUCT)  # 1 s of products, 0.5 s of copying
+    assert limits.share(Work(64**3, 4 * 2**20), slow, timings) == (0.5, COPY)
+
+
+@pytest.mark.parametrize("kernel", ["nt_xent", "sup_con"])
+def test_the_truth_in_blocks_is_that_of_the_whole_matrix(kernel, monkeypatch):
+    monkeypatch.setattr(contrastive, "TRUTH_ROWS", 5)
+    cases = getattr(contrastive, f"{kernel}_cases")(7, 3, 0.5, torch.float32, CPU)
+    for case in cases:
+        loss = case.contestants[PYTORCH].args[0]
+        z = case.contestants[PYTORCH].args[1].double()
+        whole = contrastive.differentiate(loss, z, len(case.results) == 3)
+        for found, expected in zip(case.truth(), whole, strict=True):
+            assert torch.allclose(found, expected, rtol=1e-5 if found.dim() else 1e-12, atol=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of memory is Linux's")
+def test_peak_memory_counts_what_was_freed_and_what_is_not_torchs():
+    def work():
+        first = torch.ones(6 * 2**20)  # 24 MiB
+        del first
+        return np.ones(2 * 2**20)  # 16 MiB
+
+    for _ in range(3):
+        work()
+        assert peak_memory(work, CPU) / 2**20 == pytest.approx(24, abs=2)
+    small = lambda: [torch.ones(2**16) for _ in range(64)]  # noqa: E731  16 MiB, which the C library keeps when freed
+    small()
+    assert peak_memory(small, CPU) / 2**20 == pytest.approx(16, abs=2)
+
+
+def test_short_contestants_run_until_a_round_is_filled():
+    calls = []
+
+    def contestant(stopwatch: Stopwatch) -> None:
+        calls.append(1)
+        stopwatch.mark("all")
+
+    timing = alternate_steps({"a": contestant}, rounds=2, steps=None, device=CPU, memory=True)["a"]
+    assert len(calls) == 1 + 1 + 2 * 100 and timing.memory is not None

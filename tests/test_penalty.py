@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain import distributed, objectives
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
-from fasttrain.models import Encoded, Encoder, HeadConfig, ModelConfig
+from fasttrain.models import Encoded, Encoder, HeadConfig, ModelConfig, frozen_statistics
 from fasttrain.objectives import TermConfig, build_objective, encode, gradient_penalty, layer_by_layer_penalty
 from tests.ranks import run_ranks
 
@@ -280,6 +283,83 @@ def test_finite_differences_are_finlays_and_obermans() -> None:
             assert losses[i].item() == pytest.approx((loss(x) + slope**2 / 2).item(), rel=1e-12)
 
 
+def _difference(of, encoder: Encoder, encoded: Encoded, batch: Batch, h: float) -> Tensor:
+    """R of a scalar objective by forward differences, without a gradient kept from one use to the next."""
+    loss = of(encoded, batch)
+    (g,) = torch.autograd.grad(loss, encoded.images, retain_graph=True)
+    d = g / g.square().sum().sqrt() * len(g) ** 0.5
+    with frozen_statistics():
+        slope = (of(encoder(encoded.images.detach() + h * d), batch) - loss) / h
+    return slope.square() / (len(g) * len(batch.images))
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "sup_con"])
+def test_a_scalars_finite_difference_beside_another_term_and_a_trained_view(name: str) -> None:
+    """The encoding is another objective's too, and the images depend on a parameter."""
+    of, plain, h = PLAIN[name], PLAIN["cross_entropy"], 0.3
+    encoder, batch = _encoder(), _batch(_images(2, 4, 8))
+    tint = torch.full((3, 1, 1), 0.1, dtype=torch.double, requires_grad=True)
+    parameters = [tint, *(p for p in encoder.parameters())]
+
+    def gradients(value: Tensor) -> tuple[Tensor, list[Tensor]]:
+        found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        return value.detach(), list(found)
+
+    encoded = encoder(batch.images.flatten(0, 1) + tint)
+    objective = gradient_penalty(of, 50.0, "finite_difference", step=h)
+    ours = gradients(0.7 * objective(encoded, batch) + plain(encoded, batch).mean())
+    encoded = encoder(batch.images.flatten(0, 1) + tint)
+    regularised = of(encoded, batch) + 25.0 * _difference(of, encoder, encoded, batch, h)
+    _close(ours, gradients(0.7 * regularised + plain(encoded, batch).mean()), 1e-10)
+
+
+class Counted(TorchDispatchMode):
+    """Convolution passes, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.passes["outputs"] += 1
+        if function is torch.ops.aten.convolution_backward.default:
+            self.passes.update(kind for kind, asked in zip(("images", "weights"), args[-1], strict=False) if asked)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["double_backward", "finite_difference"])
+def test_a_penalty_step_takes_twice_the_passes_of_a_plain_one(method: str) -> None:
+    """Of 20 convolutions; the first one's gradient by the images is a plain step's only spared pass."""
+    encoder, batch = _encoder().float(), _batch(_images(2, 4, 8).float())
+    with Counted() as counted:
+        PLAIN["nt_xent"](encoder(batch.images.flatten(0, 1)), batch).backward()
+    assert counted.passes == {"outputs": 20, "images": 19, "weights": 20}
+    with Counted() as counted:
+        objective = gradient_penalty(PLAIN["nt_xent"], 1.0, method)
+        value = objective(encode(encoder, batch.images.flatten(0, 1), [objective]), batch)
+        inside = counted.passes.copy()
+        value.backward()
+    if method == "double_backward":
+        assert inside == {"outputs": 20, "images": 20}
+        assert counted.passes == {"outputs": 40, "images": 40, "weights": 40}
+    else:
+        assert inside == {"outputs": 40, "images": 20, "weights": 20}
+        assert counted.passes == {"outputs": 40, "images": 39, "weights": 40}
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "cross_entropy"])
+def test_float32_in_channels_last_is_near_float64(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(CONFIG.model_copy(update={"width": 0.125})).to(memory_format=torch.channels_last)
+    batch = _batch(_images(2, 8, 16).float())
+    objective = gradient_penalty(PLAIN[name], 20.0)
+    value, gradients = _value_and_gradient(encoder, objective, batch)
+    exact, truth = _value_and_gradient(encoder.double(), objective, _batch(batch.images.double()))
+    assert value.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert _cosine([g.double() for g in gradients], truth) > 1 - 1e-4
+
+
 def test_running_statistics_move_once() -> None:
     batch, states = _batch(_images(2, 4, 8)), []
     for options in ({}, {"method": "finite_difference", "scheme": "central"}):
@@ -363,5 +443,10 @@ def test_settings_build_the_same() -> None:
         ),
     ):
         built = build_objective(TermConfig(**settings))
-        assert objectives.traits(built) == objectives.traits(expected)
+        assert _comparable(objectives.traits(built)) == _comparable(objectives.traits(expected))
         _close(*(_value_and_gradient(encoder, objective, batch) for objective in (built, expected)), 1e-12)
+
+
+def _comparable(traits: objectives.Traits) -> objectives.Traits:
+    """Without the losses of its summands, functions that equal only themselves; their values are compared."""
+    return traits._replace(summands=tuple(summand._replace(loss=None) for summand in traits.summands))

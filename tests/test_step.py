@@ -70,3 +70,11 @@ def test_a_batch_is_prepared_once_before_any_view():
     means = batch.images[0].mean((1, 2, 3))
     torch.testing.assert_close(loss, (2 * means - 1).square().mean() + (2 * means + 1).square().mean())
     assert len(seen) == 1
+
+
+def test_other_terms_can_be_asked_for():
+    batch = Batch(torch.rand(2, 5, 3, 4, 4), torch.zeros(5, dtype=torch.int64), torch.arange(5))
+    step = TrainStep(Doubling(), [Term("a", mean_feature, 0.5), Term("c", mean_feature, 3.0, brighter)])
+    loss, values = step(batch, [Term("b", negative_square, 2.0)])
+    torch.testing.assert_close(loss, 2 * values["b"])
+    assert values.keys() == {"b"} and step.encoder.calls == 1

@@ -6,24 +6,38 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from fasttrain.benchmarks.timing import Timing, alternate
+from fasttrain.benchmarks.timing import Report, alternate, table
+from fasttrain.config import Config
 from fasttrain.data.augment import AugmentConfig, SimCLR, blur_radius
-from fasttrain.data.catalog import Catalog
+from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
 
 
-def compare_loaders(
-    catalog: Catalog, augment: AugmentConfig, loader: LoaderConfig, batch: int, batches: int, rounds: int
-) -> list[Timing]:
+class LoaderBenchConfig(Config):
+    """What to load."""
+
+    batch: int = Field(128, ge=1)
+    "images a batch"
+    batches: int = Field(20, ge=1)
+    "batches a round"
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loader: LoaderConfig = LoaderConfig()
+
+
+def compare_loaders(config: LoaderBenchConfig, rounds: int) -> Report:
     """Images (not views) a second: ours with all of the augmentation and without colour, the bare pipeline likewise.
 
     Ours deliver float32 in [0, 1]; the bare ones uint8. FFCV has no colour jitter of its own, so its bare pipeline is
     timed without colour only.
     """
-    count = min(len(catalog), batch * batches)
+    catalog = open_catalog(config.data, "train")
+    augment, loader, batch = config.augment, config.loader, config.batch
+    count = min(len(catalog), batch * config.batches)
     picked = np.sort(np.random.default_rng(0).choice(catalog.indices, count, replace=False))
     plain = augment.model_copy(update={"jitter_p": 0.0, "grey": 0.0, "blur": 0.0, "solarise": 0.0})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,7 +54,9 @@ def compare_loaders(
         files = [catalog.path(i) for i in picked]
         contestants["bare DALI, all"] = bare_dali(files, augment, batch, loader.thread_count(), device)
         contestants["bare DALI, crop and flip"] = bare_dali(files, plain, batch, loader.thread_count(), device)
-    return alternate(contestants, rounds)
+    timings = alternate(contestants, rounds)
+    rates = {timing.name: timing.rate for timing in timings}
+    return Report(table(timings, "images"), [timing._asdict() for timing in timings], rates, "images/s")
 
 
 def bare_dali(

@@ -90,18 +90,28 @@ def settle(encoder: Encoder, images: Tensor) -> None:
 
 
 def plain(encoder: Encoder) -> Encoder:
-    """A copy, as contiguous as ``encoder``, whose BatchNorms are torch's own."""
+    """A copy, as contiguous as ``encoder``, whose convolutions and BatchNorms are torch's own."""
     twin = copy.deepcopy(encoder)
     for module in list(twin.modules()):
         for name, child in module.named_children():
-            for kind in (nn.BatchNorm1d, nn.BatchNorm2d):
-                if isinstance(child, kind):
-                    norm = kind(child.num_features, affine=child.affine, device=child.running_mean.device)
-                    if child.bias is None:
-                        norm.bias = None
-                    norm.load_state_dict(child.state_dict())
-                    setattr(module, name, norm)
+            if (own := _torchs(child)) is not None:
+                own.load_state_dict(child.state_dict())
+                setattr(module, name, own)
     return twin
+
+
+def _torchs(layer: nn.Module) -> nn.Module | None:
+    """torch's own layer of the kind, where ``layer`` is a convolution or a BatchNorm."""
+    if isinstance(layer, nn.Conv2d):
+        shape = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+        return nn.Conv2d(*shape, layer.dilation, layer.groups, layer.bias is not None, device=layer.weight.device)
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if isinstance(layer, kind):
+            norm = kind(layer.num_features, affine=layer.affine, device=layer.running_mean.device)
+            if layer.bias is None:
+                norm.bias = None
+            return norm
+    return None
 
 
 def channels_last(encoder: Encoder) -> Encoder:

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,6 +15,7 @@ from fasttrain.attacks import AttackConfig, image_keys
 from fasttrain.attacks.losses import squared_distance
 from fasttrain.attacks.structured import StructuredConfig
 from fasttrain.benchmarks.attack import THREAT, cast, no_lower, passes, published_apgd, ratio
+from fasttrain.benchmarks.cases.contrastive import cross_entropy
 from fasttrain.benchmarks.network import NetworkConfig, Setting, channels_last, plain, setting
 from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, Stopwatch, alternate_steps
 from fasttrain.data import Batch
@@ -123,7 +123,7 @@ def compare_steps(config: StepBenchConfig, rounds: int) -> Report:
     """
     place = setting(config)
     steps = _contrastive(config, place) | _fare(place)
-    timings = alternate_steps(steps | _floor_parts(place), rounds, place.steps, place.device)
+    timings = alternate_steps(steps | _floor_parts(place), rounds, place.steps, place.device, memory=True)
     comparisons = [
         _same_step(PLAIN, PLAIN_TORCH, steps),
         _same_step(PENALTY, PENALTY_TORCH, steps),
@@ -143,6 +143,7 @@ def compare_steps(config: StepBenchConfig, rounds: int) -> Report:
         "",
         f"- {FARE}: {timings[FARE].seconds / floor:.2f} times its floor, {ITERATIONS} (F + G) + F + 2 (F + B) = "
         f"{floor / best.seconds:.2f} plain steps{by_cpu}",
+        *_memory(timings, best),
         *(f"- {comparison.sentence(timings)}" for comparison in comparisons),
     ]
     rows = [timing.row() for timing in timings.values()] + [{"name": FLOOR, "seconds": floor}]
@@ -212,11 +213,7 @@ def plain_nt_xent(temperature: float) -> Objective:
     """NT-Xent as the cross-entropy of the whole similarity matrix, the way most code has it."""
 
     def objective(encoded: Encoded, batch: Batch) -> Tensor:
-        z = F.normalize(encoded.projections.to(torch.promote_types(encoded.projections.dtype, torch.float32)))
-        rows = len(z)
-        logits = (z @ z.T / temperature).masked_fill(torch.eye(rows, dtype=torch.bool, device=z.device), -torch.inf)
-        positives = (torch.arange(rows, device=z.device) + rows // 2) % rows
-        return F.cross_entropy(logits, positives)
+        return cross_entropy(encoded.projections, temperature=temperature) / len(encoded.projections)
 
     return objective
 
@@ -304,14 +301,23 @@ def _no_lower(ours: str, reference: str, steps: Mapping[str, Step]) -> Compariso
     return no_lower(ours, reference, losses)
 
 
+def _memory(timings: Mapping[str, StepTiming], best: StepTiming) -> Iterator[str]:
+    """The penalty steps' peak memory over that of the best plain step."""
+    if best.memory:
+        ratios = [f"{name} {timings[name].memory / best.memory:.2f}" for name in (PENALTY, PENALTY_TORCH)]
+        yield f"- peak memory over the best plain step's: {'; '.join(ratios)}"
+
+
 def _table(timings: Mapping[str, StepTiming], best: StepTiming) -> str:
-    head = ["step", "over the best plain", "by CPU time", "ms, median", "least to greatest", "by part", "peak MiB"]
+    head = ["step", "over the best plain", "ms, median", "least to greatest", "by part", "peak MiB"]
     lines = [head, ["---"] * len(head)]
     for timing in timings.values():
         shares = timing.shares()
         parts = ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares.items()) if len(shares) > 1 else ""
-        memory = f"{max(timing.memory) / 2**20:,.0f}" if timing.memory else ""
-        ratios = [ratio(timing.over(best)), ratio(timing.cpu_over(best))]
-        lines.append([timing.name, *ratios, f"{1000 * timing.seconds:,.1f}", timing.spread, parts, memory])
-    empty = 6 if not best.memory else 2  # the GPU has no CPU time, the CPU no peak
-    return "\n".join(f"| {' | '.join(line[:empty] + line[empty + 1 :])} |" for line in lines)
+        memory = "" if timing.memory is None else f"{timing.memory / 2**20:,.0f}"
+        over = ratio(timing.over(best))
+        lines.append([timing.name, over, f"{1000 * timing.seconds:,.1f}", timing.spread, parts, memory])
+    if best.cpu:
+        by_cpu = ["by CPU time", "---", *(ratio(timing.cpu_over(best)) for timing in timings.values())]
+        lines = [[*line[:2], cell, *line[2:]] for line, cell in zip(lines, by_cpu, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from fasttrain.benchmarks.memory import peak_memory
+
 C = TypeVar("C")
+ROUND_SECONDS = 0.2
+"What a round of short steps should take at least."
 
 
 class Report(NamedTuple):
@@ -42,7 +44,7 @@ def alternate(contestants: dict[str, Callable[[], int]], rounds: int) -> list[Ti
     for run in contestants.values():
         run()
     timings = {name: Timing(name, [], []) for name in contestants}
-    for name, run in _turns(contestants, rounds):
+    for name, run in _turns(contestants, rounds, pause=0.3):  # what another's threads decode ahead ends
         wall, cpu = time.perf_counter(), time.process_time()
         items = run()
         timings[name].rates.append(items / (time.perf_counter() - wall))
@@ -50,10 +52,10 @@ def alternate(contestants: dict[str, Callable[[], int]], rounds: int) -> list[Ti
     return list(timings.values())
 
 
-def _turns(contestants: Mapping[str, C], rounds: int) -> Iterator[tuple[str, C]]:
+def _turns(contestants: Mapping[str, C], rounds: int, pause: float) -> Iterator[tuple[str, C]]:
     for _ in range(rounds):
         for turn in contestants.items():
-            time.sleep(0.3)  # what another has under way ends
+            time.sleep(pause)
             yield turn
 
 
@@ -96,7 +98,7 @@ class StepTiming(NamedTuple):
     name: str
     parts: list[dict[str, float]]  # seconds a step of each part, one mapping a round
     cpu: list[float]  # CPU seconds of this process a step, which other load on the machine disturbs less; [] on a GPU
-    memory: list[int]  # peak bytes on the GPU beyond those held before the step, one a round; [] on a CPU
+    memory: int | None = None  # peak bytes beyond those held before the step, where asked for
 
     @property
     def rounds(self) -> list[float]:
@@ -130,29 +132,48 @@ class StepTiming(NamedTuple):
 
 
 def alternate_steps(
-    contestants: Mapping[str, Callable[[Stopwatch], None]], rounds: int, steps: int, device: torch.device
+    contestants: Mapping[str, Callable[[Stopwatch], None]],
+    rounds: int,
+    steps: int | None,
+    device: torch.device,
+    memory: bool = False,
 ) -> dict[str, StepTiming]:
-    """Run each contestant once to warm up, then ``rounds`` times ``steps`` steps in turn; each marks its parts."""
-    gpu, stopwatch = device.type == "cuda", Stopwatch(device)
+    """Run each contestant once to warm up, then ``rounds`` times in turn; each marks its parts.
+
+    Args:
+        steps: of each contestant a round; ``None``: as many as take 0.2 s, up to 100.
+        memory: whether to find each one's peak memory, in a run that is not timed.
+    """
+    stopwatch = Stopwatch(device)
     for step in contestants.values():
         step(stopwatch)
-    timings = {name: StepTiming(name, [], [], []) for name in contestants}
-    for name, step in _turns(contestants, rounds):
-        if gpu:
+    timings = {name: StepTiming(name, [], []) for name in contestants}
+    counts = dict.fromkeys(contestants, steps or 1)
+    for name, step in contestants.items() if memory or steps is None else ():
+
+        def once(step: Callable[[Stopwatch], None] = step) -> None:
+            stopwatch.start()
+            step(stopwatch)
+
+        if memory:
+            timings[name] = timings[name]._replace(memory=peak_memory(once, device))
+        else:
+            once()
+        if steps is None:
+            counts[name] = min(math.ceil(ROUND_SECONDS / sum(stopwatch.read().values())), 100)
+    for name, step in _turns(contestants, rounds, pause=0.03):
+        count = counts[name]
+        if device.type == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
         cpu = time.process_time()
         stopwatch.start()
-        for _ in range(steps):
+        for _ in range(count):
             step(stopwatch)
         parts = stopwatch.read()
         cpu = time.process_time() - cpu
-        timings[name].parts.append({part: seconds / steps for part, seconds in parts.items()})
-        if gpu:
-            timings[name].memory.append(torch.cuda.max_memory_allocated() - before)
-        else:
-            timings[name].cpu.append(cpu / steps)
+        timings[name].parts.append({part: seconds / count for part, seconds in parts.items()})
+        if device.type == "cpu":
+            timings[name].cpu.append(cpu / count)
     return timings
 
 
@@ -175,17 +196,23 @@ class Comparison(NamedTuple):
 
 
 def bars(values: Mapping[str, float], unit: str, path: Path) -> Path:
-    """Horizontal bars, the first on top, as a PNG."""
+    """Horizontal bars, the first on top, as a PNG. Of names "group\\nname" in a row the group is shown once."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.35 * len(values)), layout="constrained")
-    drawn = axis.barh(list(values), list(values.values()))
+    groups = [name.rpartition("\n")[0] for name in values]
+    labels = [
+        name.removeprefix(f"{group}\n") if group == before else name
+        for name, group, before in zip(values, groups, ["", *groups], strict=False)
+    ]
+    figure, axis = pyplot.subplots(figsize=(9, 0.8 + 0.35 * len(values)), layout="constrained")
+    drawn = axis.barh(range(len(values)), list(values.values()), tick_label=labels)
     axis.bar_label(drawn, fmt="{:,.3g}", padding=3)
+    axis.tick_params("y", labelsize="small")
     axis.invert_yaxis()
-    axis.margins(x=0.12)
+    axis.margins(x=0.12, y=0.01)
     axis.set_xlabel(unit)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -199,14 +226,3 @@ def table(timings: list[Timing], unit: str) -> str:
         spread = f"{min(timing.rates):,.0f} to {max(timing.rates):,.0f}"
         lines.append(f"| {timing.name} | {timing.rate:,.0f} | {spread} | {statistics.median(timing.cpu):.3f} |")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """Hardware, versions and date, in one line."""
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        hardware = f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}"
-    return f"{hardware}; Python {platform.python_version()}, torch {torch.__version__}; {datetime.date.today()}"

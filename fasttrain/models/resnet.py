@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fasttrain.models.batchnorm import BatchNorm2d, frozen_statistics
+from fasttrain.models.batchnorm import BatchNorm2d, frozen_statistics, normalised
+from fasttrain.models.convolution import Conv2d
 
 Architecture = Literal["resnet12", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 Stem = Literal["imagenet", "cifar", "none"]
@@ -56,9 +57,9 @@ class ResNet(nn.Module):
         else:
             self.inplanes = channels[0]
             self.conv1 = (
-                nn.Conv2d(3, self.inplanes, 7, stride=2, padding=3, bias=False)
+                Conv2d(3, self.inplanes, 7, stride=2, padding=3, bias=False)
                 if stem == "imagenet"
-                else nn.Conv2d(3, self.inplanes, 3, padding=1, bias=False)
+                else Conv2d(3, self.inplanes, 3, padding=1, bias=False)
             )
             self.bn1 = BatchNorm2d(self.inplanes, sync=sync)
             self.relu = nn.ReLU(inplace=True)
@@ -73,7 +74,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         if hasattr(self, "conv1"):
-            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+            x = self.maxpool(normalised(self.bn1, self.relu, self.conv1(x)))
         stages = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
@@ -106,10 +107,10 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inplanes: int, planes: int, stride: int, sync: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(inplanes, planes, 3, stride=stride, padding=1, bias=False)
         self.bn1 = BatchNorm2d(planes, sync=sync)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = BatchNorm2d(planes, sync=sync)
         self.downsample = _shortcut(inplanes, planes, stride, sync)
 
@@ -118,9 +119,9 @@ class BasicBlock(nn.Module):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = normalised(self.bn1, self.relu, self.conv1(x))
+        y = self.conv2(y)
+        return normalised(self.bn2, self.relu, y, x if self.downsample is None else self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -128,11 +129,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inplanes: int, planes: int, stride: int, sync: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.conv1 = Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = BatchNorm2d(planes, sync=sync)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
         self.bn2 = BatchNorm2d(planes, sync=sync)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.conv3 = Conv2d(planes, planes * self.expansion, 1, bias=False)
         self.bn3 = BatchNorm2d(planes * self.expansion, sync=sync)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(inplanes, planes * self.expansion, stride, sync)
@@ -142,10 +143,10 @@ class Bottleneck(nn.Module):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = normalised(self.bn1, self.relu, self.conv1(x))
+        y = normalised(self.bn2, self.relu, self.conv2(y))
+        y = self.conv3(y)
+        return normalised(self.bn3, self.relu, y, x if self.downsample is None else self.downsample(x))
 
 
 class FewShotBlock(nn.Module):
@@ -153,11 +154,11 @@ class FewShotBlock(nn.Module):
 
     def __init__(self, inplanes: int, planes: int, stride: int, sync: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, padding=1, bias=False)
+        self.conv1 = Conv2d(inplanes, planes, 3, padding=1, bias=False)
         self.bn1 = BatchNorm2d(planes, sync=sync)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = BatchNorm2d(planes, sync=sync)
-        self.conv3 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.conv3 = Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn3 = BatchNorm2d(planes, sync=sync)
         self.relu = nn.LeakyReLU(0.1, inplace=True)
         self.downsample = _shortcut(inplanes, planes, 1, sync)
@@ -168,10 +169,10 @@ class FewShotBlock(nn.Module):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.maxpool(self.relu(y + (x if self.downsample is None else self.downsample(x))))
+        y = normalised(self.bn1, self.relu, self.conv1(x))
+        y = normalised(self.bn2, self.relu, self.conv2(y))
+        y = self.conv3(y)
+        return self.maxpool(normalised(self.bn3, self.relu, y, x if self.downsample is None else self.downsample(x)))
 
 
 def check_stem(architecture: str, stem: str) -> None:
@@ -185,7 +186,7 @@ def check_stem(architecture: str, stem: str) -> None:
 def _shortcut(inplanes: int, planes: int, stride: int, sync: bool) -> nn.Sequential | None:
     if stride == 1 and inplanes == planes:
         return None
-    return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride=stride, bias=False), BatchNorm2d(planes, sync=sync))
+    return nn.Sequential(Conv2d(inplanes, planes, 1, stride=stride, bias=False), BatchNorm2d(planes, sync=sync))
 
 
 class _Plan(NamedTuple):

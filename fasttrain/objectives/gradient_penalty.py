@@ -7,13 +7,15 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fasttrain.data import Batch
 from fasttrain.distributed import all_reduce, world_size
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoded, frozen_statistics
 from fasttrain.objectives.layers import at_layer
-from fasttrain.objectives.objective import Objective, Traits, traits, with_traits
+from fasttrain.objectives.objective import Objective, Summand, Traits, traits, with_traits
+from fasttrain_kernels.wanted import wanted_gradients
 
 Method = Literal["double_backward", "finite_difference"]
 Scheme = Literal["forward", "central"]
@@ -50,14 +52,15 @@ def gradient_penalty(
 
     ``double_backward`` is exact. ``finite_difference`` (Finlay & Oberman 2019) takes ordinary passes only: with d the
     detached, normalised gradient, R = ((L(x + h d) − L(x)) / h)², or "central" ((L(x + h d) − L(x − h d)) / 2h)² at one
-    pass more. Losses an image move each image by its own d and difference its own loss; a scalar moves the global
-    batch along the one d. h (``step``) is the L2 length that an image moves, root-mean-square over the batch. The
-    further passes use their own batch statistics and leave BatchNorm's running ones alone. This is another regulariser,
-    not a cheap copy of the first: across ReLU's kinks its parameter gradient had cosine 0.03 (h = 1e-3), 0.31 (0.1),
-    0.68 (1) and 0.78 (3) with the exact one on ResNet-18 at initialisation, and agreed only in float64 with h ≤ 1e-5.
-    With losses an image under train-mode BatchNorm not even then: there R_i tends to (Σ_j d_j · ∂ℓ_i/∂x_j)², which
-    sums over the images that move, where g_i sums over the losses (cross-entropy, ResNet-18, 2 x 16 images: 1.22 times
-    the value, cosine 0.89). In evaluation mode, and for the scalar objectives in either, the limit is exact.
+    pass more. Losses an image move each image by its own d and difference its own loss; a scalar moves the global batch
+    along the one d, and its parameter gradient at x comes from the pass that finds d. h (``step``) is the L2 length
+    that an image moves, root-mean-square over the batch. The further passes use their own batch statistics and leave
+    BatchNorm's running ones alone. This is another regulariser, not a cheap copy of the first: across ReLU's kinks its
+    parameter gradient had cosine 0.03 (h = 1e-3), 0.31 (0.1), 0.68 (1) and 0.78 (3) with the exact one on ResNet-18 at
+    initialisation, and agreed only in float64 with h ≤ 1e-5. With losses an image under train-mode BatchNorm not even
+    then: there R_i tends to (Σ_j d_j · ∂ℓ_i/∂x_j)², which sums over the images that move, where g_i sums over the
+    losses (cross-entropy, ResNet-18, 2 x 16 images: 1.22 times the value, cosine 0.89). In evaluation mode, and for the
+    scalar objectives in either, the limit is exact.
 
     Precision under autocast: the convolutions' and products' passes, second ones too, run in the dtype of their
     forward; BatchNorm's statistics, the loss, the image gradient and its norms are float32, since squares of 10⁻⁵ and
@@ -78,9 +81,11 @@ def gradient_penalty(
 
     def objective(encoded: Encoded, batch: Batch) -> Tensor:
         losses = of(encoded, batch)
+        if method == "finite_difference" and not losses.dim():
+            losses = _differentiated(losses, encoded.images)  # one pass for the direction and the loss's own gradient
         return losses + weight / 2 * regulariser(of, losses, encoded, batch)
 
-    return with_traits(objective, _traits(precision))
+    return with_traits(objective, _traits(precision, Summand(of, 1.0, weight / 2, regulariser)))
 
 
 def layer_by_layer_penalty(
@@ -127,13 +132,15 @@ def layer_by_layer_penalty(
                 total = total + b * regulariser(of_k, losses, encoded, batch)
         return total
 
-    return with_traits(objective, _traits(precision))
+    summands = [
+        Summand(at_layer(of, k), a, b, regulariser) for k, (a, b) in enumerate(zip(alpha, beta, strict=True)) if a or b
+    ]
+    return with_traits(objective, _traits(precision, *summands))
 
 
 def double_backward(of: Objective, losses: Tensor, encoded: Encoded, batch: Batch) -> Tensor:
     """R from the gradient itself, kept differentiable."""
-    gradient = _image_gradient(losses, encoded.images, create_graph=True)
-    squares = gradient.square().sum(tuple(range(1, gradient.dim())))  # [V·B]; no flatten, which copies channels-last
+    squares = _squared_norms(_image_gradient(losses, encoded.images, create_graph=True))
     if losses.dim():
         return squares.unflatten(0, (-1, len(losses))).mean(0)
     return squares.sum() / (len(squares) ** 2 * _views(encoded, batch) * world_size())
@@ -180,13 +187,59 @@ def _image_gradient(losses: Tensor, images: Tensor, create_graph: bool) -> Tenso
 def _direction(losses: Tensor, images: Tensor) -> Tensor:
     """The gradient scaled to length √rows over the images of one loss, or of the global batch: an RMS of 1 an image."""
     gradient = _image_gradient(losses, images, create_graph=False)
-    squares = gradient.square().sum(tuple(range(1, gradient.dim())))
+    squares = _squared_norms(gradient)
     if losses.dim():
         mean = squares.unflatten(0, (-1, len(losses))).mean(0).repeat(len(images) // len(losses))
     else:
         mean = (all_reduce(squares.sum()) / (len(images) * world_size())).expand(len(images))
     scale = mean.rsqrt().masked_fill(mean == 0, 0)
     return gradient * scale.view(-1, *[1] * (gradient.dim() - 1))
+
+
+def _squared_norms(gradient: Tensor) -> Tensor:
+    """[N] of [N, ...], without a tensor of the squares; by dimensions, because flattening would copy channels-last."""
+    return torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim()))).square()
+
+
+def _differentiated(loss: Tensor, images: Tensor) -> Tensor:
+    """The scalar ``loss``, whose gradient by the images and by every leaf that it depends on is computed here, once.
+
+    A backward pass through the result scales what was found instead of passing through the network again. Over ranks
+    that scale has to be the same on all, as a finite difference's is: the pass here sums the ranks' losses unscaled.
+    """
+    leaves = _leaves(loss, until=images)
+    gradients = torch.autograd.grad(loss, [images, *leaves], retain_graph=True)
+    return _KnownGradient.apply(loss.detach(), gradients, images, *leaves)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradient by each of the inputs is given."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):
+        asked = wanted_gradients(ctx)[2:]
+        return None, None, *(g * scale if asks else None for g, asks in zip(ctx.gradients, asked, strict=True))
+
+
+def _leaves(loss: Tensor, until: Tensor) -> list[Tensor]:
+    """The leaves that the graph of ``loss`` ends in, without those behind ``until``."""
+    leaves, seen = [], {torch.autograd.graph.get_gradient_edge(until).node}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _regulariser(of: Objective, method: Method, step: float, scheme: Scheme) -> Regulariser:
@@ -206,9 +259,10 @@ def _regulariser(of: Objective, method: Method, step: float, scheme: Scheme) -> 
     return finite_difference(step, scheme)
 
 
-def _traits(precision: Precision) -> Traits:
+def _traits(precision: Precision, *summands: Summand) -> Traits:
     _one_of("precision", precision, Precision)
-    return Traits(image_gradient=True, full_precision=precision == "fp32")
+    of_gradient = all(summand.regulariser is double_backward for summand in summands)
+    return Traits(image_gradient=True, full_precision=precision == "fp32", summands=summands if of_gradient else ())
 
 
 def _one_of(name: str, value: str, choices: object) -> None:

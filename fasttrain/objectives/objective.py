@@ -27,12 +27,22 @@ What comes of the other views is detached, and gathered over the ranks once, not
 """
 
 
+class Summand(NamedTuple):
+    """weight · L + penalty · R, with R = regulariser(L, its value, encoded views, batch)."""
+
+    loss: Objective
+    weight: float = 1.0
+    penalty: float = 0.0
+    regulariser: Callable[[Objective, Tensor, Encoded, Batch], Tensor] | None = None
+
+
 class Traits(NamedTuple):
     """What the caller of an objective has to know; set as its attribute ``traits`` where it is not the default."""
 
     image_gradient: bool = False  # differentiates by encoded.images, which must require gradients before encoding
     full_precision: bool = False  # the encoding must not be autocast
     stops_gradients: bool = False  # what autograd differentiates is not the derivative of the value
+    summands: tuple[Summand, ...] = ()  # what it is the sum of, where R is a function of L's gradient by the images
 
 
 def traits(objective: Objective) -> Traits:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -18,7 +19,7 @@ def in_slices(count: int, work: Callable[[int, int], None]) -> None:
     """
     parts = max(1, min(torch.get_num_threads(), count))
     bounds = [count * part // parts for part in range(parts + 1)]
-    others = [_pool(os.getpid(), parts).submit(work, *pair) for pair in zip(bounds[1:], bounds[2:], strict=False)]
+    others = [_pool(os.getpid(), parts).submit(work, *pair) for pair in pairwise(bounds[1:])]
     work(bounds[0], bounds[1])
     for other in others:
         other.result()

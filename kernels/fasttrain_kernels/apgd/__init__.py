@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fasttrain_kernels.apgd.reference import Norm, State, apgd_step_reference, ascend, initial_state, project
 from fasttrain_kernels.apgd.rows import lies_in_rows
+from fasttrain_kernels.trial import triton_passes
 
 Implementation = Literal["auto", "reference", "cpu", "triton"]
 
@@ -78,7 +78,7 @@ def _implementation(
         from fasttrain_kernels.apgd.cpu import apgd_step_cpu
 
         return apgd_step_cpu
-    if triton and (impl == "triton" or (impl == "auto" and importlib.util.find_spec("triton"))):
+    if triton and (impl == "triton" or (impl == "auto" and triton_passes("APGD step", _trial))):
         from fasttrain_kernels.apgd.triton import apgd_step_triton
 
         return apgd_step_triton
@@ -88,6 +88,18 @@ def _implementation(
             f"{loss.dtype} and a gradient of {gradient.dtype}: use impl='auto'"
         )
     return apgd_step_reference
+
+
+def _trial(impl: Implementation, device: str = "cuda") -> Iterator[Tensor]:
+    """The iterates after two steps, the second at a checkpoint."""
+    for norm, eps in (("linf", 0.1), ("l2", 1.0)):
+        generator = torch.Generator(device).manual_seed(0)
+        images, *gradients = torch.rand(3, 4, 3, 9, 9, device=device, generator=generator)
+        state = initial_state(images, 2 * eps)
+        for step, gradient in enumerate(gradients):
+            loss = gradient.mean((1, 2, 3))
+            state = apgd_step(state, loss, gradient - 0.5, images, eps, norm, first=not step, window=step, impl=impl)
+        yield state.x
 
 
 __all__ = ["Implementation", "Norm", "State", "apgd_step", "ascend", "initial_state", "project"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from fasttrain_kernels.ntxent.log_sum_exp import Precision, Setting, log_sum_exp
 from fasttrain_kernels.ntxent.reference import log_sum_exp_reference, unit_rows
 from fasttrain_kernels.ntxent.unit import unit
+from fasttrain_kernels.trial import triton_passes
 
 Implementation = Literal["auto", "reference", "blocked", "triton"]
 FEWEST_BLOCKED_PAIRS = 2**18  # below, the whole matrix of similarities is in cache and the reference has less to set up
@@ -158,7 +159,7 @@ def _resolve(impl: Implementation, z: Tensor, columns: Tensor) -> Implementation
         raise ValueError(f"impl={impl!r}: choose one of {', '.join(get_args(Implementation))}")
     if impl == "auto":
         if z.is_cuda:
-            return "reference" if z.dtype == torch.float64 else "triton"
+            return "triton" if z.dtype != torch.float64 and triton_passes("NT-Xent", _trial) else "reference"
         pairs = z.shape[:2].numel() * columns.shape[:2].numel()
         return "blocked" if z.device.type == "cpu" and pairs >= FEWEST_BLOCKED_PAIRS else "reference"
     if impl == "blocked" and z.device.type != "cpu":
@@ -168,6 +169,15 @@ def _resolve(impl: Implementation, z: Tensor, columns: Tensor) -> Implementation
     if impl == "triton" and z.dtype == torch.float64:
         raise ValueError("impl='triton' computes in float32 and z is float64: choose reference")
     return impl
+
+
+def _trial(impl: Implementation, device: str = "cuda") -> tuple[Tensor, ...]:
+    """Losses, their gradient, and that of its squared norm."""
+    generator = torch.Generator(device).manual_seed(0)
+    z = torch.randn(2, 40, 32, device=device, generator=generator).requires_grad_()
+    losses = nt_xent(z, 0.2, impl=impl)
+    (first,) = torch.autograd.grad(losses.sum(), z, create_graph=True)
+    return losses, first, *torch.autograd.grad(first.square().sum(), z)
 
 
 def _check(z: Tensor, temperature: float, columns: Tensor, offset: int | None) -> None:

@@ -1,0 +1,110 @@
+"""BatchNorm (+ residual) (+ ReLU), fused through the second derivative; this folder's README derives every pass."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fasttrain_kernels.batchnorm.functions import BatchNorm, Total, laid_out_like
+from fasttrain_kernels.batchnorm.reference import batch_norm_reference
+from fasttrain_kernels.trial import triton_passes
+
+Implementation = Literal["auto", "reference", "native", "cpu", "triton"]
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = False,
+    eps: float = 1e-5,
+    total: Total | None = None,
+    impl: Implementation = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training-mode BatchNorm with what follows it in a residual block; differentiable twice.
+
+    With μ and σ² a channel over images and pixels, of all ranks where ``total`` is given::
+
+        y = max(0, w (x − μ) / √(σ² + ε) + b + residual)
+
+    without the maximum where ``relu`` is false. Statistics and sums are float32 for half-precision x, float64 for
+    float64. At a kink, y = 0, the gradient is 0.
+
+    Args:
+        x: [n, C, ...]; n may differ between ranks and be 0 on some.
+        weight, bias: [C] or ``None`` (1 and 0).
+        residual: of the shape and dtype of x, or ``None``.
+        total: the sum of a tensor over the ranks; ``None``: there is one. Called on every rank once in the forward
+            pass, once in the backward, once in the backward's backward, with a few numbers a channel.
+        impl: "cpu" (numba; rows of channels: channels-last or [M, C]), "triton" (CUDA, the same layouts), "native"
+            (PyTorch's operations, any layout), "reference" (PyTorch's derivatives, of any order). "auto" takes the
+            first of these that takes x.
+
+    Returns:
+        y of x's shape, dtype and layout; the mean and the unbiased variance [C], without derivative.
+
+    Raises:
+        ValueError: a single value a channel, shapes or dtypes that do not fit, an ``impl`` that is unknown or does not
+            take x.
+    """
+    _check(x, weight, bias, residual, total)
+    if impl == "reference" or (impl == "auto" and x.device.type not in ("cpu", "cuda")):
+        return batch_norm_reference(x, weight, bias, residual, relu, eps, total)
+    residual = None if residual is None else laid_out_like(residual, x)
+    return BatchNorm.apply(x, weight, bias, residual, relu, eps, total, _passes(x, impl))
+
+
+def _passes(x: Tensor, impl: Implementation) -> ModuleType:
+    from fasttrain_kernels.batchnorm import native
+
+    if impl == "native":
+        return native
+    if impl == "cpu" or (impl == "auto" and x.device.type == "cpu"):
+        from fasttrain_kernels.batchnorm import cpu as kernels
+    elif impl == "triton" or (impl == "auto" and triton_passes("BatchNorm", _trial)):
+        from fasttrain_kernels.batchnorm import triton as kernels
+    elif impl == "auto":
+        return native
+    else:
+        raise ValueError(f"impl={impl!r}: choose one of {', '.join(get_args(Implementation))}")
+    if kernels.takes(x):
+        return kernels
+    if impl == "auto":
+        return native
+    raise ValueError(
+        f"impl={impl!r} does not take x of {x.dtype}, shape {list(x.shape)}, strides {list(x.stride())} on {x.device}: "
+        "make it channels-last, or use impl='auto'"
+    )
+
+
+def _trial(impl: Implementation, device: str = "cuda") -> tuple[Tensor, ...]:
+    """y, the gradient by x, and that of its squared norm."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, residual, upstream = torch.randn(3, 4, 24, 5, 5, device=device, generator=generator)
+    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
+    x.requires_grad_()
+    y, *_ = batch_norm(x, residual=residual, relu=True, impl=impl)
+    (first,) = torch.autograd.grad(y, x, upstream, create_graph=True)
+    return y, first, *torch.autograd.grad(first.square().sum(), x)
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, total: Total | None) -> None:
+    if x.dim() < 2 or not x.shape[1] or not x.is_floating_point():
+        raise ValueError(f"x has shape {list(x.shape)}, {x.dtype}: give a floating-point [n, C, ...]")
+    if total is None and x.numel() < 2 * x.shape[1]:
+        raise ValueError(f"x has shape {list(x.shape)}: statistics need more than one value a channel")
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None and values.shape != x.shape[1:2]:
+            raise ValueError(f"{name} has shape {list(values.shape)}: give [{x.shape[1]}], one a channel of x")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual has shape {list(residual.shape)}, {residual.dtype}: give x's, {list(x.shape)}, {x.dtype}"
+        )
+
+
+__all__ = ["batch_norm"]

@@ -1,0 +1,101 @@
+"""Convolution whose second derivative costs what it has to; the mathematics is in this folder's README."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasttrain_kernels.wanted import wanted_gradients
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``F.conv2d`` (1d, 3d by the weight's dimensions), autocast included, with derivatives of any order.
+
+    The kernels are PyTorch's own. What differs is the derivative of the derivative: PyTorch's finds the weight's
+    gradient by a convolution with batch and channels exchanged, which takes three times a weight gradient's time, and
+    in float32 with narrow channels-last layers has overrun memory; here it is a weight gradient like any other. And no
+    pass computes a gradient that nobody asked for.
+
+    Args:
+        x: [N, C_in, ...].
+        weight: [C_out, C_in / groups, ...].
+    """
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, weight, bias))
+    return _Convolution.apply(x, weight, bias, _Geometry(stride, padding, dilation, groups))
+
+
+class _Geometry(NamedTuple):
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def options(self) -> tuple:
+        """As PyTorch's convolutions take them: not transposed."""
+        return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
+
+
+class _Convolution(torch.autograd.Function):
+    """(x, w, b) -> y = w ∗ x + b."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return torch.ops.aten.convolution(x, weight, bias, *geometry.options())
+
+    @staticmethod
+    def backward(ctx, g: Tensor | None):
+        if g is None:
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        return *_ConvolutionBackward.apply(g, x, weight, ctx.geometry, wanted_gradients(ctx)[:3]), None
+
+
+class _ConvolutionBackward(torch.autograd.Function):
+    """(g, x, w) -> (∂x, ∂w, ∂b), those of them that are wanted, the others ``None``."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, wanted: tuple[bool, bool, bool]):
+        ctx.save_for_backward(g, x if wanted[1] else None, weight if wanted[0] else None)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return torch.ops.aten.convolution_backward(g, x, weight, (len(weight),), *geometry.options(), wanted)
+
+    @staticmethod
+    def backward(ctx, u: Tensor | None, v: Tensor | None, t: Tensor | None):
+        g, x, weight = ctx.saved_tensors
+        geometry, wanted = ctx.geometry, wanted_gradients(ctx)
+        on_g = on_x = on_weight = None
+        if wanted[0]:
+            on_g = _sum(
+                None if u is None else _Convolution.apply(u, weight, t, geometry),
+                None if v is None else _Convolution.apply(x, v, None if u is not None else t, geometry),
+            )
+            if on_g is None and t is not None:
+                on_g = t.view(1, -1, *[1] * len(geometry.stride)).expand_as(g)
+        if wanted[1] and v is not None:
+            on_x, *_ = _ConvolutionBackward.apply(g, x, v, geometry, (True, False, False))
+        if wanted[2] and u is not None:
+            _, on_weight, _ = _ConvolutionBackward.apply(g, u, weight, geometry, (False, True, False))
+        return on_g, on_x, on_weight, None, None
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+__all__ = ["convolution"]
