@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 from fasttrain import distributed
 from fasttrain.config import Config, describe, load, to_yaml
 from fasttrain.errors import UsageError
+from fasttrain.watchdog import EXIT_RANK_LOST
 
 C = TypeVar("C", bound=Config)
 
@@ -19,9 +22,10 @@ EXIT_FAILED = 1
 "Something broke that is not the user's doing; there is a traceback."
 EXIT_SAVED_ON_SIGNAL = 75
 "SIGTERM or SIGUSR1: a checkpoint was saved; the same command goes on from it (EX_TEMPFAIL of sysexits.h)."
-
 EXIT_INTERRUPTED = 130
-"Ctrl-C."
+"Ctrl-C: ended at once, without saving; a checkpoint that is being written is finished."
+
+STUCK = 30.0  # seconds
 
 FLAGS = """
   --help           this text, with every key, its default and its meaning
@@ -78,7 +82,22 @@ def _exit_code(run: Callable[[], int], debug: bool) -> int:
             print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
+        _end_soon(EXIT_INTERRUPTED)
         print("interrupted: the last checkpoint stands; the same command goes on from it", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except Exception:
+        _end_soon(EXIT_FAILED)
+        traceback.print_exc()
+        return EXIT_FAILED
     finally:
         distributed.finalize()
+
+
+def _end_soon(code: int) -> None:
+    """Leaving the process group may wait for ranks that do not answer: no longer than :data:`STUCK`."""
+    cut = threading.Timer(STUCK, os._exit, [code])
+    cut.daemon = True
+    cut.start()
+
+
+__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_MISTAKE", "EXIT_RANK_LOST", "EXIT_SAVED_ON_SIGNAL", "main"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasttrain.errors import UsageError
+from fasttrain_kernels.heap import keep_heap
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
@@ -44,13 +46,32 @@ def initialize(device: Device = "auto", timeout: timedelta = timedelta(minutes=3
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(cores_per_rank())
+        keep_heap()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
     # On a CPU the first initialisation would compile this op, for minutes and under a lock that a kill leaves behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    backend = "nccl" if cuda else "gloo"
+    _join_restarted(backend, timeout)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+
+
+def _join_restarted(backend: str, timeout: timedelta) -> None:
+    """Join after ``torchrun --max-restarts`` restarted the ranks of one machine.
+
+    Its store outlives the ranks, and with it the addresses of those before: without names of their own the new ranks
+    wait for the dead. (On several machines ranks cannot tell which restart it is; there torchrun needs
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``.)
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not shared or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore(f"attempt-{attempt}", dist.TCPStore(*place, is_master=False, timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
 
 
 def finalize() -> None:
@@ -105,22 +126,49 @@ def agree(work: Callable[[], T]) -> T:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 alone and return its (picklable) result on every rank; a ``UsageError`` reaches all."""
+    """Run ``work`` on rank 0 alone and return its result, a JSON value, on every rank; a ``UsageError`` reaches all."""
     result = agree(lambda: work() if rank() == 0 else None)
-    if world_size() > 1 and dist.is_initialized():
-        holder = [result]
-        dist.broadcast_object_list(holder, src=0)
-        result = holder[0]
-    return result  # type: ignore[return-value]
+    return json.loads(broadcast_bytes(json.dumps(result).encode()))
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Every rank's ``value``, in rank order."""
+    """Every rank's ``value``, a JSON value, in rank order; what other ranks send is never unpickled."""
+    return [json.loads(data) for data in all_gather_bytes(json.dumps(value).encode())]
+
+
+def all_gather_bytes(data: bytes) -> list[bytes]:
+    """Every rank's ``data``, in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+        return [data]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=_device()) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=_device()))
+    sizes = [int(size) for size in sizes]
+    mine = _from_bytes(data.ljust(max(sizes), b"\0"))
+    parts = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(parts, mine)
+    return [part[:size].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+
+def broadcast_bytes(data: bytes) -> bytes:
+    """Rank 0's ``data`` on every rank; what the others give is ignored."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return data
+    size = torch.tensor([len(data)], device=_device())
+    dist.broadcast(size, src=0)
+    if rank() != 0:
+        data = bytes(int(size))
+    part = _from_bytes(data)
+    dist.broadcast(part, src=0)
+    return data if rank() == 0 else part.cpu().numpy().tobytes()
+
+
+def _from_bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(_device())
+
+
+def _device() -> torch.device:
+    """Where tensors must be for the default group's collectives."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def mean(values: dict[str, Tensor]) -> dict[str, float]:

@@ -8,19 +8,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from fasttrain import checkpoint, distributed
+from fasttrain import checkpoint, distributed, gradient_cache
 from fasttrain.config import Config
 from fasttrain.data import Batch
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
+from fasttrain.nonfinite import Guard, step_if_finite
 from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
 from fasttrain.precision import Precision, autocast_dtype, decide
 from fasttrain.run import Run
@@ -34,7 +35,7 @@ OWNED = {
     "fp16": "train.precision",
     "bf16": "train.precision",
     "optimizer": "optimizer.name",
-    "scheduler": "optimizer.lr and optimizer.warmup_epochs",
+    "scheduler": "optimizer.lr and optimizer.warmup_epochs (or warmup_steps)",
     "zero_allow_untested_optimizer": "train.zero_stage",
     "steps_per_print": "run.log_every",
 }
@@ -51,7 +52,10 @@ class TrainConfig(Config):
     batch: int = Field(256, ge=1)
     "images an optimiser step: all ranks and accumulation steps together"
     accumulation: int = Field(1, ge=1)
-    "micro-batches an optimiser step; a contrastive loss sees only its own micro-batch (of all ranks)"
+    "micro-batches an optimiser step"
+    loss_over: Literal["micro_batch", "batch"] = "micro_batch"
+    """With accumulation, what a contrastive loss compares: the images of a micro-batch (of all ranks), or of the whole
+    batch, exactly, for one more forward pass (gradient caching; needs model.sync_bn=false)."""
     precision: Precision = "auto"
     "autocast of convolutions and products (fp16: with loss scaling; auto: bf16 where the hardware has it, else fp32)"
     device: distributed.Device = "auto"
@@ -60,6 +64,10 @@ class TrainConfig(Config):
     "DeepSpeed ZeRO: 0, 1 (optimiser state sharded) or 2 (and gradients); 0 is the fastest with LARS"
     clip: float = Field(0.0, ge=0)
     "largest global gradient norm; 0: no clipping"
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    "when the loss or the gradient of a step is not finite: stop, or undo the step and take the next"
+    max_skipped: int = Field(10, ge=0)
+    "steps of the run that may be skipped; at one more it stops"
     deepspeed: str | None = None
     "JSON file of further DeepSpeed settings; a key that this configuration owns is refused"
 
@@ -137,6 +145,8 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: Trai
     """
     import deepspeed
 
+    if config.loss_over == "batch" and config.accumulation > 1:
+        gradient_cache.check_batchnorm(module)
     trainable = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -231,7 +241,7 @@ def plan(train: TrainConfig, optimizer: OptimizerConfig, order: Order) -> Plan:
 
 
 class StopRequest:
-    """Within it, SIGTERM and SIGUSR1 are remembered until the next step boundary."""
+    """Within it, SIGTERM and SIGUSR1 are remembered until the next step boundary; once stopping, more are ignored."""
 
     def __enter__(self) -> StopRequest:
         self.received = False
@@ -240,7 +250,7 @@ class StopRequest:
 
     def __exit__(self, *failure: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.received = True
@@ -266,45 +276,76 @@ def fit(
 
     Returns:
         True when the last step was done; False when a signal ended the run early.
+
+    Raises:
+        UsageError: the ranks see different images, and what :func:`train` raises.
     """
+    if len(set(distributed.all_gather_object(data))) > 1:
+        raise UsageError(
+            "the ranks do not see the same images: give every machine the same data.root and manifest "
+            "(launch/doctor.py says which differ)",
+            everywhere=True,
+        )
     optimizer = build_optimizer(config.optimizer, module, config.train.zero_stage, device)
     engine = initialize(module, optimizer, config.train)
     loss_scale = LossScale(engine) if config.train.precision == "fp16" else None
     start = checkpoint.resume(run, engine, config, data, loss_scale)
-    run.open(config, start, plan.steps)
+    run.open(config, start.step, plan.steps)
+    guard = Guard(run, engine, config, data, start.skipped)
 
-    def save(step: int) -> None:
+    def facts() -> dict[str, Any]:
         scale = {"loss_scale": loss_scale.state()} if loss_scale is not None else {}
-        state = {"config": config.model_dump(mode="json"), "data": data} | scale
-        checkpoint.save(run.checkpoints, engine, step, state, run.config.keep)
+        return {"config": config.model_dump(mode="json"), "data": data, "skipped": guard.skipped} | scale
 
-    for evaluation in evaluations if start == 0 else ():
-        run.report(0, evaluation.function(0))
-    batches = loader.iterate(start * config.train.accumulation)
-    finished = train(engine, batches, config.train, plan, start, run, save, evaluations, loss_scale)
+    saver = checkpoint.Saver(run, engine, facts)
+    if start.step == 0:
+        evaluate_untrained(run, evaluations)
+    finished = train(engine, loader, config.train, plan, start.step, run, saver, guard, evaluations, loss_scale)
     loader.close()
     if not finished:
         run.say(f"stopped by a signal; saved in {run.checkpoints}: the same command goes on from there")
     return finished
 
 
+def evaluate_untrained(run: Run, evaluations: Sequence[Callback]) -> None:
+    """Report every evaluation before the first step.
+
+    Raises:
+        UsageError: none of them gives the metric that ``run.keep_best`` names.
+    """
+    found: dict[str, float] = {}
+    for evaluation in evaluations:
+        values = evaluation.function(0)
+        run.report(0, values)
+        found |= values
+    if run.config.keep_best is not None and run.config.best_metric not in found:
+        raise UsageError(
+            f"run.keep_best={run.config.keep_best}: no evaluation reports it; "
+            + (f"they report {', '.join(found)}" if found else "there is none, see --help for how to set one"),
+            everywhere=True,
+        )
+
+
 def train(
     engine,
-    batches: Iterator[Batch],
+    loader: Loader,
     config: TrainConfig,
     plan: Plan,
     start: int,
     run: Run,
-    save: Callable[[int], None],
+    saver: checkpoint.Saver,
+    guard: Guard,
     evaluations: Sequence[Callback] = (),
     loss_scale: LossScale | None = None,
 ) -> bool:
     """Take the steps from ``start`` on; True when the last was done, False when a signal ended it early (it is saved).
 
     Raises:
-        UsageError: the loss is not finite; on all ranks together, before the weights are touched.
+        UsageError: a loss or gradient is not finite, or a checkpoint cannot be written, and the policy is to stop; more
+            images are bad than ``loader.bad_share`` allows; on all ranks together.
     """
     meter = Meter(config.batch)
+    batches = loader.iterate(start * config.accumulation)
     engine.train()
     with StopRequest() as stop:
         for step in range(start, plan.steps):
@@ -312,58 +353,90 @@ def train(
             for group in engine.optimizer.param_groups:
                 group["lr"] = plan.learning_rate(step) * group.get("lr_factor", 1.0)
 
+            guard.begin()
             seen, losses = [], []
-            for micro in range(config.accumulation):
-                with meter.waiting():
-                    batch = next(batches)
-                loss, terms = engine(batch)
-                seen.append(batch.index)
-                losses.append(loss.detach())
+            for micro, forward in enumerate(forwards(engine, batches, config, meter)):
+                seen.append(forward.index)
+                losses.append(forward.value)
+                loss = forward.loss
                 if micro + 1 == config.accumulation:
-                    verdict = Verdict(losses, stop.received)
+                    verdict = Verdict(losses, stop.received, saver.failed)
+                    loss = verdict.spoil(loss)
                 engine.backward(loss)
-                if micro + 1 == config.accumulation and not verdict.finite:
-                    raise not_finite(run, step, engine, seen, losses, verdict)
-                engine.step()
+                taken = step_if_finite(engine)
             if loss_scale is not None:
                 loss_scale.update()
+            # in fp16 a gradient that overflows is the loss scale's affair
+            rejected = not verdict.finite or (not taken and loss_scale is None)
+            if rejected:
+                what = "gradient" if verdict.finite else "loss"
+                value = "not finite" if verdict.finite else verdict.loss
+                guard.reject(step, f"the {what} of step {step} is {value}", seen, losses)
             meter.steps += 1
 
             run.progress(done)
             if done % run.config.log_every == 0 or last:
-                values = {"epoch": round(done / plan.steps_per_epoch, 3), "loss": verdict.loss}
-                if len(terms) > 1:  # a view's values come under their own full names
-                    means = distributed.mean(terms)
+                values = {"epoch": round(done / plan.steps_per_epoch, 3)}
+                values |= {"loss": verdict.loss} if not rejected else {}
+                if len(forward.terms) > 1 and not rejected:  # a view's values come under their own full names
+                    means = distributed.mean(forward.terms)
                     values |= {n if n.startswith("view/") else f"loss/{n}": value for n, value in means.items()}
                 values |= {"loss_scale": loss_scale.scale} if loss_scale is not None else {}
-                run.report(done, values | {"lr": plan.learning_rate(step)} | meter.read())
+                values |= {"skipped_steps": guard.skipped} if guard.skipped else {}
+                values |= {"bad_images": run.list_bad_images(loader.bad)} if loader.bad.agree() else {}
+                run.report(done, values | {"lr": plan.learning_rate(step)} | meter.read() | saver.timings())
+            metrics: dict[str, float] = {}
             for evaluation in evaluations:
                 if done % evaluation.every == 0 or last:
                     with meter.paused():
-                        run.report(done, evaluation.function(done))
-            if done % run.config.save_every == 0 or last or verdict.stop:
+                        values = evaluation.function(done)
+                    run.report(done, values)
+                    metrics |= values
+            if verdict.save_failed:
+                saver.settle()
+            if done % run.config.save_every == 0 or last or verdict.stop or saver.is_best(metrics):
                 with meter.paused():
-                    save(done)
-            if verdict.stop and not last:
-                return False
+                    saver.save(done, metrics)
+            if verdict.stop or last:
+                saver.finish(stopping=not last)
+                return last
     return True
 
 
+def forwards(engine, batches: Iterator[Batch], config: TrainConfig, meter: Meter) -> Iterator[gradient_cache.Forward]:
+    """Take the micro-batches of one optimiser step to where each is to be backpropagated."""
+
+    def fetched() -> Batch:
+        with meter.waiting():
+            return next(batches)
+
+    if config.loss_over == "batch" and config.accumulation > 1:
+        whole = [fetched() for _ in range(config.accumulation)]
+        yield from gradient_cache.forwards(engine, whole, autocast_dtype(config.precision))
+        return
+    for _ in range(config.accumulation):
+        batch = fetched()
+        loss, terms = engine(batch)
+        yield gradient_cache.Forward(batch.index, loss, loss.detach(), terms)
+
+
 class Verdict:
-    """What all ranks agree on about a step: its mean loss, whether it is finite, whether anyone was told to stop.
+    """What all ranks agree on about a step: its mean loss, whether it is finite, whether anyone was told to stop or
+    failed to write a checkpoint.
 
     The values travel to the host on their own, recorded before the backward pass is launched, so that reading them
     waits for the forward pass alone.
     """
 
-    def __init__(self, losses: list[Tensor], stop: bool) -> None:
+    def __init__(self, losses: list[Tensor], stop: bool, save_failed: bool) -> None:
         total = torch.stack(losses).float().mean()
-        report = torch.stack([total, torch.full_like(total, float(stop))])
+        report = torch.stack([total, *(torch.full_like(total, float(flag)) for flag in (stop, save_failed))])
         if distributed.world_size() > 1:
             dist.all_reduce(report)
+        self._there = report
         self._event = None
         if report.is_cuda:
-            self._report = torch.empty(2, pin_memory=True).copy_(report, non_blocking=True)
+            self._report = torch.empty(3, pin_memory=True).copy_(report, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
@@ -373,6 +446,10 @@ class Verdict:
         if self._event is not None:
             self._event.synchronize()
         return float(self._report[position])
+
+    def spoil(self, loss: Tensor) -> Tensor:
+        """``loss``, whose gradient is NaN on this rank too where any rank's loss is not finite; nothing is read."""
+        return loss * torch.where(self._there[0].isfinite(), 1.0, torch.nan)
 
     @property
     def loss(self) -> float:
@@ -385,6 +462,10 @@ class Verdict:
     @property
     def stop(self) -> bool:
         return self._read(1) > 0
+
+    @property
+    def save_failed(self) -> bool:
+        return self._read(2) > 0
 
 
 class Meter:
@@ -416,23 +497,3 @@ class Meter:
         rates = {"images_per_second": self.steps * self.batch / elapsed, "data_wait": self._waited / elapsed}
         self._reset()
         return rates
-
-
-def not_finite(run: Run, step: int, engine, seen: list[Tensor], losses: list[Tensor], verdict: Verdict) -> UsageError:
-    """Save what is needed to look at a loss that is not finite, and the error that says so."""
-    folder = run.dir / f"not-finite-step-{step:08d}"
-    folder.mkdir(exist_ok=True)
-    report = {"step": step, "loss": [float(x) for x in losses], "index": [x.tolist() for x in seen]}
-    (folder / f"rank-{distributed.rank():05d}.json").write_text(json.dumps(report))
-    if distributed.rank() == 0:
-        from safetensors.torch import save_file
-
-        weights = {k: v.detach().cpu().contiguous() for k, v in engine.module.state_dict().items()}
-        save_file(weights, str(folder / "weights.safetensors"))
-    if distributed.world_size() > 1:
-        dist.barrier()
-    return UsageError(
-        f"the loss of step {step} is {verdict.loss}: training stopped before the update; weights and sample indices "
-        f"are in {folder}; lower optimizer.lr, lengthen optimizer.warmup_epochs or use train.precision=fp32",
-        everywhere=True,
-    )

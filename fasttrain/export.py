@@ -81,12 +81,12 @@ def _read_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
         weights, model = _read_file(folder / WEIGHTS)
         if model is not None:
             return weights, model
-    newest, _ = checkpoint.find(folder / "checkpoints")
-    if newest is None:
+    found, _ = checkpoint.find(folder / "checkpoints")
+    if found is None:
         raise UsageError(f"'{folder}' holds neither {WEIGHTS} nor a checkpoint: is it the folder of a run?")
     prefix = "encoder.backbone."
-    weights = load_file(str(newest / "model.safetensors"))
-    model = resolve(ModelConfig, checkpoint.read_state(newest)["config"]["model"])
+    weights = found.tensors(checkpoint.MODEL)
+    model = resolve(ModelConfig, found.state["config"]["model"])
     return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}, model
 
 

@@ -8,6 +8,8 @@
       checkpoints/        step-00000500/ ..., latest
       metrics.jsonl       one JSON object a line: a training report or an evaluation, each with its step
       tensorboard/
+      bad_images.txt      images that could not be shown, and why, where there are any
+      not-finite-step-00000123/    what launch/replay.py needs to take that step again
       curves.png  encoder.safetensors  encoder.json       when the run ends
 """
 
@@ -19,15 +21,20 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from fasttrain import distributed
 from fasttrain.config import Config, to_yaml
 from fasttrain.errors import UsageError
+from fasttrain.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from fasttrain.data.damage import BadImages
 
 
 class RunConfig(Config):
@@ -43,6 +50,34 @@ class RunConfig(Config):
     "steps between two checkpoints"
     keep: int = Field(3, ge=1)
     "how many of the newest checkpoints stay"
+    keep_every: int = Field(0, ge=0)
+    "checkpoints of steps that are multiples of it stay for ever; a multiple of save_every, or 0: none"
+    keep_best: str | None = Field(None, pattern=r"^(max|min):.+$")
+    "max:<metric> or min:<metric> of an evaluation: the best checkpoint is made and stays, max:knn_top1 say"
+    on_save_error: Literal["stop", "continue"] = "stop"
+    "when a checkpoint cannot be written: stop, or go on and try again at the next"
+    heartbeat_timeout: float = Field(45.0, ge=0)
+    "seconds without a sign of life of a rank after which the others end with code 76 and name it; 0: never"
+    hang_timeout: float | None = Field(None, gt=0)
+    "seconds without a step (evaluations included) after which the job ends with code 76; null: a line says so"
+
+    @model_validator(mode="after")
+    def _kept_are_made(self) -> RunConfig:
+        if self.keep_every % self.save_every:
+            raise ValueError(
+                f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}: make it one"
+            )
+        return self
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric that ``keep_best`` names."""
+        return self.keep_best and self.keep_best[4:]
+
+    @property
+    def best_is_highest(self) -> bool:
+        """Whether more of it is better."""
+        return bool(self.keep_best) and self.keep_best.startswith("max:")
 
 
 class Run:
@@ -57,9 +92,16 @@ class Run:
         self.dir = Path(config.dir)
         self.checkpoints = self.dir / "checkpoints"
         self._lock = self._metrics = self._tensorboard = self._bar = None
+        self._silent, self._bad_images = False, 0
         distributed.on_rank_zero(self._hold)
+        self.watchdog = Watchdog(config.heartbeat_timeout, config.hang_timeout)
 
     def _hold(self) -> None:
+        """Lock the folder. The system lets go of the lock when its holder dies, however it dies.
+
+        On NFS the lock holds across hosts (it becomes one on the server); where the file system has no locks, a line
+        says so and nothing is held.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.dir / "lock", "a+")  # noqa: SIM115  (held for as long as the process lives)
@@ -69,20 +111,41 @@ class Run:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.seek(0)
             raise UsageError(
                 f"run.dir={self.config.dir} is held by a live run ({self._lock.read().strip() or 'unknown'}): "
                 "stop that run, or choose another folder with run.dir=…"
             ) from None
+        except OSError as error:
+            self.say(
+                f"WARNING: run.dir={self.config.dir} is on a file system without locks ({error.strerror}): a second "
+                "run in it would not be noticed"
+            )
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
 
     def open(self, config: Config, start: int, total: int) -> None:
-        """Begin to report at step ``start`` of ``total``; what was reported beyond ``start`` is dropped."""
-        if distributed.rank() != 0:
-            return
+        """Begin to report at step ``start`` of ``total``; what was reported beyond ``start`` is dropped.
+
+        Raises:
+            UsageError: the folder cannot be written; on all ranks.
+        """
+        self.watchdog.step = start
+        distributed.on_rank_zero(lambda: self._open(config, start, total))
+
+    def _open(self, config: Config, start: int, total: int) -> None:
+        try:
+            self._open_reports(config, start)
+        except OSError as error:
+            raise UsageError(f"run.dir={self.config.dir} cannot be written ({error}): free space or mend it") from None
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(initial=start, total=total, unit="step", disable=not terminal, dynamic_ncols=True)
+        self._started, self._first = time.monotonic(), start
+        self._total = total
+
+    def _open_reports(self, config: Config, start: int) -> None:
         (self.dir / "config.yaml").write_text(to_yaml(config))
         path = self.dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
@@ -91,23 +154,26 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=start + 1)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=start, total=total, unit="step", disable=not terminal, dynamic_ncols=True)
-        self._started, self._first = time.monotonic(), start
-        self._total = total
 
     def progress(self, step: int) -> None:
-        """Move the bar to ``step``."""
+        """``step`` steps are done: move the bar, and let the other ranks know."""
+        self.watchdog.step = step
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def report(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics, to the file, to TensorBoard and to whoever watches."""
+        """One line of metrics, to the file, to TensorBoard and to whoever watches; a full disk costs reports only."""
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        try:
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._silent, self._bad_images = False, 0
+        except OSError as error:
+            if not self._silent:
+                self.say(f"WARNING: what step {step} reports cannot be written to {self.dir} ({error})")
+            self._silent = True
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar.disable:
             self.say(f"step {step}/{self._total}  {text}{self._time_left(step)}")
@@ -126,20 +192,30 @@ class Run:
             else f"  left {seconds / 3600:.0f} h"
         )
 
+    def list_bad_images(self, bad: BadImages) -> int:
+        """Write what all ranks agree on to ``bad_images.txt``, and return how many there are."""
+        if distributed.rank() == 0 and len(bad.found) != self._bad_images:
+            self._bad_images = len(bad.found)
+            (self.dir / "bad_images.txt").write_text("".join(f"{complaint}\n" for complaint in bad.found.values()))
+        return len(bad.found)
+
     def say(self, line: str) -> None:
         """A line for the person who watches, from rank 0, without breaking the bar."""
         if distributed.rank() == 0:
-            tqdm.write(line, file=sys.stderr)
-            sys.stderr.flush()
+            with suppress(OSError):  # the terminal may be gone, and the run goes on
+                tqdm.write(line, file=sys.stderr)
+                sys.stderr.flush()
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *failure: object) -> None:
-        """Flush the reports and let go of the folder."""
+    def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
+        """Flush the reports and let go of the folder; where a rank is lost, the process ends here and says which."""
+        self.watchdog.leave(failure)
         for writer in (self._bar, self._tensorboard, self._metrics, self._lock):
             if writer is not None:
-                writer.close()
+                with suppress(OSError):
+                    writer.close()
         self._lock = self._metrics = self._tensorboard = self._bar = None
 
 

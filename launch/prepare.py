@@ -4,7 +4,8 @@
     python launch/prepare.py data.root=/data/imagenet beton.folder=/data/imagenet-ffcv beton.max_resolution=400
 
 Every image of both splits is decoded, in several processes. A manifest beside each split then says how large the images
-are, and which files cannot be read and why: runs leave those out. Prepare a data set again when its files change.
+are, and which files cannot be read and why: runs leave those out. Prepare a data set again when its files change; what
+vanishes or changes while a run goes on is replaced in it, up to loader.bad_share.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def write_beton(catalog: Catalog, settings: BetonConfig, workers: int | None) -> None:
-    from fasttrain.data import ffcv
+    from fasttrain.data import beton
 
     folder = Path(settings.folder).expanduser()
     chosen = settings.model_dump(exclude={"folder"})
-    print("wrote", ffcv.write_beton(catalog, folder / f"{catalog.split}.beton", **chosen, workers=workers))
+    print("wrote", beton.write_beton(catalog, folder / f"{catalog.split}.beton", **chosen, workers=workers))
 
 
 if __name__ == "__main__":

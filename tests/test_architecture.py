@@ -13,11 +13,13 @@ LAYERS = [
     {"errors", "precision"},
     {"config"},
     {"distributed"},
-    {"data", "models", "run"},
+    {"data", "models", "run", "watchdog"},
     {"objectives", "attacks", "optim"},
     {"views"},
     {"step"},
-    {"engine", "evaluation", "checkpoint", "plots", "export", "cli", "benchmarks"},
+    {"gradient_cache", "checkpoint"},
+    {"nonfinite"},
+    {"engine", "evaluation", "plots", "export", "cli", "benchmarks", "doctor"},
 ]
 "A part may import its own layer's data and models, and any layer before it."
 NEVER = [

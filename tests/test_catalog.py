@@ -412,7 +412,7 @@ def test_the_official_checksums_are_torchvisions():
 
 def test_an_ffcv_file_has_the_ids_and_the_fingerprint_of_its_source(tree):
     pytest.importorskip("ffcv")
-    from fasttrain.data.ffcv import write_beton
+    from fasttrain.data.beton import write_beton
 
     (tree / "train/a/x.png").write_bytes(b"")
     source = open_catalog(config(tree), "train")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +16,7 @@ from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.objectives import PenaltyConfig, TermConfig, build_objective
 from fasttrain.optim import OptimizerConfig, build_optimizer
+from fasttrain.run import RunConfig
 from fasttrain.step import Term, TrainStep
 from tests.ranks import run_ranks
 
@@ -135,18 +138,22 @@ def test_two_ranks_and_any_stage_take_the_steps_of_one_process():
             assert largest_difference(result, alone[plain[case]]) < tolerance, case
 
 
-def interrupted(folder: str, stages: tuple[int, int], optimizer: str, precision: str) -> dict[str, torch.Tensor]:
-    from pathlib import Path
+def bare_run(folder: str) -> SimpleNamespace:
+    """What a saver asks of a run."""
+    return SimpleNamespace(checkpoints=Path(folder), config=RunConfig(), say=print)
 
+
+def interrupted(folder: str, stages: tuple[int, int], optimizer: str, precision: str) -> dict[str, torch.Tensor]:
     distributed.initialize("cpu")
     cases = [Case(stage, optimizer=optimizer, precision=precision) for stage in stages]
     trainer, _ = build(cases[0])
     take_steps(trainer, cases[0], 0, 2)
-    checkpoint.save(Path(folder), trainer, 2, {"config": {}}, keep=2)
+    saver = checkpoint.Saver(bare_run(folder), trainer, lambda: {"config": {}})
+    saver.save(2, {})
+    saver.finish(stopping=False)
     torch.manual_seed(99)
     again, _ = build(cases[1])
-    path, _ = checkpoint.find(Path(folder))
-    checkpoint.restore(path, again, checkpoint.read_state(path))
+    checkpoint.restore(checkpoint.read(Path(folder) / "step-00000002"), again)
     take_steps(again, cases[1], 2, STEPS)
     return weights(again)
 

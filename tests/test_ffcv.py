@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain.data import Batch
-from fasttrain.data import ffcv as beton_files
+from fasttrain.data import Batch, ffcv
+from fasttrain.data import beton as beton_files
 from fasttrain.data.augment import AugmentConfig, CentreCrop, SimCLR, apply_reference
+from fasttrain.data.beton import open_beton, read_listing, verify_beton, write_beton
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
-from fasttrain.data.ffcv import open_beton, read_listing, verify_beton, write_beton
 from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
@@ -246,7 +246,7 @@ def test_ffcv_missing(monkeypatch, tmp_path):
 def test_importing_is_quiet_and_leaves_threads_alone(written):
     program = f"""
         import torch
-        from fasttrain.data.ffcv import open_beton
+        from fasttrain.data.beton import open_beton
         torch.set_num_threads(3)
         open_beton({str(written["jpg"])!r})
         assert torch.get_num_threads() == 3, torch.get_num_threads()
@@ -375,7 +375,7 @@ def _crop_resize(pixels: np.ndarray, box: tuple[int, ...], flip: bool, size: int
     data, views = pixels.reshape(-1).copy(), np.empty((1, 1, size, size, 3), np.uint8)
     data.flags.writeable = False
     boxes, flips = np.array(box, np.int32).reshape(1, 1, 4), np.array([[flip]])
-    beton_files._decode_views(data, samples, boxes, flips, 0, 1, views, np.zeros(1, bool))
+    ffcv._decode_views(data, samples, boxes, flips, 0, 1, views, np.zeros(1, bool))
     return views[0, 0]
 
 

@@ -169,14 +169,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_whole_is_an_error(images, 
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_a_line(images, tmp_path, monkeypatch):
-    import fasttrain.checkpoint
+    from fasttrain.checkpoint import files
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     arguments = [f"data.root={images}", f"run.dir={tmp_path / 'run'}", "run.save_every=2"]
-    for where in ("save_file", "_sync"):
-        monkeypatch.setattr(fasttrain.checkpoint, where, full)
+    for where in ("_write", "_sync"):
+        monkeypatch.setattr(files, where, full)
         with pytest.raises(UsageError, match=r"checkpoint of step 2 .* No space left on device.*previous checkpoint"):
             pretrain_here(*arguments)
         monkeypatch.undo()
@@ -204,14 +204,19 @@ def test_a_folder_that_a_live_run_holds_is_refused(images, tmp_path):
             pretrain_here(f"data.root={images}", f"run.dir={tmp_path / 'run'}")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_evidence(images, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(images, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with pytest.raises(UsageError, match=r"the loss of step \d is (nan|inf)"):
         pretrain_here(f"data.root={images}", f"run.dir={folder}", "optimizer.lr=1e30")
     (evidence,) = folder.glob("not-finite-step-*")
-    report = json.loads((evidence / "rank-00000.json").read_text())
-    assert len(report["index"][0]) == 8 and (evidence / "weights.safetensors").exists()
+    report = json.loads((evidence / "step.json").read_text())
+    assert len(report["ranks"][0]["index"][0]) == 8 and (evidence / "weights.safetensors").exists()
     assert not list((folder / "checkpoints").glob("step-*"))
+
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    module = script("replay")
+    assert module.replay(load(module.ReplayConfig, [f"bundle={evidence}"])) == 1
+    assert f"step {report['step']} is" in (said := capsys.readouterr().out) and "not finite:\n  " in said
 
 
 @pytest.mark.parametrize(
@@ -273,3 +278,71 @@ def test_evaluation_of_a_run_agrees_with_the_run(undisturbed, tmp_path, capsys):
         if task == "knn":
             assert table["top1"] == pytest.approx(metrics(undisturbed)[-1]["knn_top1"])
     assert "top1" in capsys.readouterr().out
+
+
+def ranks_of(launcher: subprocess.Popen, count: int) -> dict[int, int]:
+    """Process ids by rank, of the Python processes below the launcher that run the script."""
+    found = {}
+    below = [launcher.pid]
+    while below:
+        pid = below.pop()
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            below += map(int, task.read_text().split())
+        try:
+            place = dict(x.partition("=")[::2] for x in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+            if "pretrain.py" in Path(f"/proc/{pid}/cmdline").read_text() and "LOCAL_RANK" in place:
+                found[int(place["RANK"])] = pid
+        except OSError:
+            continue
+    return found if len(found) == count else {}
+
+
+def steps_seen(process: subprocess.Popen, step: int) -> str:
+    """Its stderr up to the report of ``step``."""
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith(f"step {step}/"):
+            return said
+    raise AssertionError(said)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+LONG = ["train.steps=400", "run.save_every=5", "evaluate.every_epochs=0", "run.heartbeat_timeout=10"]
+
+
+@pytest.mark.faults
+def test_after_sigterm_to_deepspeed_itself_no_rank_is_left_and_the_run_is_saved(images, tmp_path):
+    """Its runner passes the signal on to nobody and ends; its launcher and the ranks would live on."""
+    folder = tmp_path / "run"
+    arguments = command("deepspeed", *LONG, f"data.root={images}", f"run.dir={folder}")
+    with subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        steps_seen(process, 3)
+        ranks = ranks_of(process, 2)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()  # to the end of the last process that writes there
+    assert len(ranks) == 2 and not any(map(alive, ranks.values()))
+    assert "the launcher is gone" in said and "stopped by a signal; saved in" in said
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("lost", [0, 1])
+def test_torchrun_goes_on_by_itself_after_a_rank_was_killed(images, tmp_path, lost):
+    folder = tmp_path / "run"
+    arguments = command("torchrun", *LONG, "train.steps=40", f"data.root={images}", f"run.dir={folder}")
+    arguments.insert(arguments.index("--nproc-per-node"), "--max-restarts=2")
+    with subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        steps_seen(process, 12)
+        began = time.monotonic()
+        os.kill(ranks_of(process, 2)[lost], signal.SIGKILL)
+        said = steps_seen(process, 15)
+        assert time.monotonic() - began < 120
+        said += process.stderr.read()
+    assert process.returncode == 0 and "going on from" in said, said
+    assert f"rank {lost} (process" in said

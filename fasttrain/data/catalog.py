@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from fasttrain.config import Config
@@ -32,6 +32,8 @@ Role = Literal["train", "val"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
+
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # by content; what the loaders decode. Any may be called .jpg.
 
 _THREADS = 16  # a scan waits for the file system, not for a core
 
@@ -89,6 +91,7 @@ class Catalog:
     sizes: np.ndarray  # [full, 2] int32 (height, width); 0 where not known yet
     root: Path  # the split's folder, archive or FFCV file
     names: Names | None = None  # [full] relative to root, of encoded files
+    nbytes: np.ndarray | None = None  # [full] int64 bytes of each file, as its manifest knows it
     pixels: np.ndarray | None = None  # [full, H, W, 3] uint8, of decoded ones
     beton: Path | None = None  # FFCV reads it, read() is not used
     excluded: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
@@ -110,9 +113,18 @@ class Catalog:
         return len(self.indices)
 
     def read(self, index: int) -> np.ndarray:
-        """uint8: a file's bytes [size], or pixels [H, W, 3]. Safe to call from several threads."""
+        """uint8: a file's bytes [size], or pixels [H, W, 3]. Safe to call from several threads.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it has not as many bytes as when its manifest was made.
+        """
         if self.names is not None:
-            return np.fromfile(self.path(index), np.uint8)
+            content = np.fromfile(self.path(index), np.uint8)
+            if self.nbytes is not None and len(content) != self.nbytes[index]:
+                before = self.nbytes[index]
+                raise ValueError(f"changed since the manifest was made: {len(content):,} bytes, not {before:,}")
+            return content
         if self.pixels is not None:
             return self.pixels[index]
         raise TypeError(f"'{self.root}' is read by FFCV's loader")
@@ -163,8 +175,9 @@ class Catalog:
 def open_catalog(config: DataConfig, role: Role, use_manifest: bool = True) -> Catalog:
     """List the images of a split; of a folder, without opening more than one file a class.
 
-    With a manifest of the same listing (``launch/prepare.py`` writes it) its sizes and quarantine are used. Without
-    one, empty files are left out, and each class must have a file that begins like an image.
+    With a manifest of the same listing (``launch/prepare.py`` writes it) its sizes and quarantine are used, also where
+    some of its files are missing now: so what vanishes during a run renumbers nothing when it goes on. Without one,
+    empty files are left out, and each class must have a file that begins like an image.
 
     Raises:
         UsageError: a root, split or class without usable images, a wrong checksum, an FFCV file without FFCV installed.
@@ -211,8 +224,10 @@ def header_size(encoded: np.ndarray) -> tuple[int, int]:
     elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
         return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.height, image.width
+    except UnidentifiedImageError:
+        raise ValueError(f"no image header: begins with {bytes(data[:16])!r}") from None
     except Exception as error:  # Pillow's plugins raise many kinds on garbage
         raise ValueError(f"no image header: {error}") from None
 
@@ -240,11 +255,17 @@ def _open_folder(folder: Path, role: Role, classes: list[str], cache: Path | Non
     names, labels = _list_images(folder, classes)
     found, complaint = manifest.find(folder, cache) if cache is not None else (None, None)
     notes = [complaint] if complaint else []
+    if found is not None and found.classes == classes and (lost := found.missing(names)):
+        notes.append(f"{lost:,} files of the manifest are missing: others are shown in their place")
+        names, label_of = Names(found.names), {name: label for label, name in enumerate(classes)}
+        labels = np.array([label_of[name.partition("/")[0]] for name in found.names], np.int64)
     if found is not None and (found.listing != names.digest() or len(found.sizes) != len(names)):
         notes.append("the manifest lists other files than are there now and is not used: run launch/prepare.py again")
         found = None
+    nbytes = None
     if found is not None:
         sizes, reasons = found.sizes, {index: reason for index, _, reason in found.excluded}
+        nbytes = np.array(found.nbytes) if found.nbytes else None
     else:
         sizes, reasons = np.zeros((len(names), 2), np.int32), dict.fromkeys(_empty_files(folder, names), "empty file")
     listed = Catalog(
@@ -255,6 +276,7 @@ def _open_folder(folder: Path, role: Role, classes: list[str], cache: Path | Non
         sizes=sizes,
         root=folder,
         names=names,
+        nbytes=nbytes,
         notes=notes,
     )
     catalog = listed.without(reasons)
@@ -417,9 +439,9 @@ def _find_beton(config: DataConfig, role: Role, root: Path) -> Path | None:
 
 
 def _open_beton(path: Path, role: Role) -> Catalog:
-    from fasttrain.data import ffcv  # numba and, when installed, FFCV: seconds to import
+    from fasttrain.data.beton import read_listing  # numba and, when installed, FFCV: seconds to import
 
-    listing = ffcv.read_listing(path)
+    listing = read_listing(path)
     return Catalog(
         split=role,
         classes=listing.classes,
@@ -447,4 +469,4 @@ def _digest(*parts: str | bytes | np.ndarray) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["EXTENSIONS", "Catalog", "DataConfig", "Names", "header_size", "open_catalog"]
+__all__ = ["EXTENSIONS", "FORMATS", "Catalog", "DataConfig", "Names", "header_size", "open_catalog"]

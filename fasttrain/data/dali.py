@@ -23,7 +23,6 @@ image for decode and crops, by region / whole:
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,10 +30,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
 
 from fasttrain.data.catalog import header_size
+from fasttrain.data.damage import Bad, is_cut
 from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
+from fasttrain.data.verify import examine
 from fasttrain.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 _READERS = 4  # threads that read files, at least: they wait more than they work
 _AHEAD = 3  # batches whose files are being read beyond those that DALI has
 _DEPTH = 2  # batches that DALI works on while the colours of the one before are changed
+_ONLY_DALI = "DALI does not decode it"
 
 
 class DaliLoader(PrefetchLoader):
@@ -72,7 +73,13 @@ class DaliLoader(PrefetchLoader):
 
 
 class DaliSource:
-    """One rank's crops: the :class:`~fasttrain.data.prefetch.Source`."""
+    """One rank's crops: the :class:`~fasttrain.data.prefetch.Source`.
+
+    DALI refuses all further work after one image that it cannot decode. What reading shows to be bad never reaches it;
+    for what does, the batches that it has are tried one image at a time, and all but the bad go to a new pipeline.
+    """
+
+    remedy = "restore the files (a new run can leave them out after launch/prepare.py)"
 
     def __init__(
         self,
@@ -92,6 +99,8 @@ class DaliSource:
         self._regional = catalog.encoded and augment.views == 1
         self._readers = Workers(max(_READERS, threads))
         self._pipeline: Pipeline | None = None  # built with the first batch, then used for the whole run
+        self._parsed = np.zeros(len(catalog.labels), np.int64)  # bytes of the file whose header gave catalog.sizes
+        self._undecodable: dict[tuple[int, int], str] = {}  # (epoch, id) -> what DALI failed on
         self._reads: deque[_Read] = deque()
         self._running: deque[_Running] = deque()
         self._next, self._end = 0, None
@@ -101,25 +110,31 @@ class DaliSource:
         self._next, self._end = position, end
         try:
             while self._running:
-                self._collect(self._running.popleft())
+                self._collect(self._pipeline, self._running.popleft().images)
         except RuntimeError:  # of a batch that nobody waits for any more
             self._forget_pipeline()
 
     def produce(self, position: int) -> Decoded:
-        try:
-            while len(self._running) < _DEPTH + 1 and self._read_ahead():
-                self._start(self._reads[0])
-                self._reads.popleft()
-            views = self._collect(self._running[0])
-        except Exception as error:
-            # DALI refuses all further work, and its complaint may be about any of the batches that it has.
-            suspects = self._forget_pipeline()
-            culprit = self._find_culprit(suspects) if isinstance(error, RuntimeError) else None
-            if culprit is None:
-                raise
-            raise culprit from error
-        current = self._running.popleft()
-        return Decoded(views, current.draws, self._catalog.labels[current.ids], current.ids)
+        """This rank's part of global micro-batch ``position``.
+
+        Raises:
+            UsageError: an image cannot be shown, nor can any that was drawn in its place.
+        """
+        while True:
+            try:
+                while len(self._running) < _DEPTH + 1 and self._read_ahead():
+                    self._start(self._reads.popleft())
+                views = self._collect(self._pipeline, self._running[0].images)
+            except Exception as error:
+                broken = self._forget_pipeline()
+                if not isinstance(error, RuntimeError) or not self._find_undecodable(broken):
+                    raise
+                self._reads.extendleft(self._submit(batch.epoch, batch.wanted) for batch in reversed(broken))
+                continue
+            _, _, images, draws = self._running.popleft()
+            ids = np.array([image.index for image in images], np.int64)
+            bad = [bad for image in images for bad in image.instead_of]
+            return Decoded(views, draws, self._catalog.labels[ids], ids, bad)
 
     def reading(self) -> list[str]:
         return [self._catalog.path(i) for read in list(self._reads) for i in read.unread()]
@@ -136,40 +151,59 @@ class DaliSource:
     def _read_ahead(self) -> bool:
         """Have the files of the next batches read; False when there is no batch left."""
         while len(self._reads) < _AHEAD and (self._end is None or self._next < self._end):
-            epoch, ids = self._order.share(self._next, self._rank, self._world)
-            parts = self._readers.over_slices(lambda part, ids=ids: [self._read(i) for i in ids[part]], len(ids))
-            self._reads.append(_Read(epoch, ids, parts))
+            self._reads.append(self._submit(*self._order.share(self._next, self._rank, self._world)))
             self._next += 1
         return bool(self._reads)
 
-    def _read(self, index: int) -> np.ndarray:
-        try:
-            return self._catalog.read(index)
-        except OSError as error:
-            raise _unusable(self._catalog.path(index), error.strerror or error) from None
+    def _submit(self, epoch: int, ids: np.ndarray) -> _Read:
+        return _Read(epoch, ids, self._readers.over_slices(lambda p: [self._read(epoch, i) for i in ids[p]], len(ids)))
+
+    def _read(self, epoch: int, index: int) -> _Image:
+        """Sample ``index``, or the first good one of its :meth:`Order.candidates`."""
+        bad = []
+        for candidate in self._order.candidates(epoch, index):
+            try:
+                return _Image(candidate, self._read_sound(epoch, candidate), bad)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                bad.append(Bad(candidate, f"cannot decode '{self._catalog.path(candidate)}' ({reason})"))
+        raise UsageError(f"{bad[0].complaint}, nor any of {len(bad) - 1} others: {self.remedy}")
+
+    def _read_sound(self, epoch: int, index: int) -> np.ndarray:
+        """What the catalogue has of a sample, whose size is known from then on.
+
+        Raises:
+            OSError, ValueError: it cannot be read, or cannot be decoded for all that is known.
+        """
+        content = self._catalog.read(index)
+        if not self._catalog.encoded:
+            self._catalog.sizes[index] = content.shape[:2]
+            return content
+        if not len(content):
+            raise ValueError("empty file")
+        if len(content) != self._parsed[index]:
+            self._catalog.sizes[index] = header_size(content)
+            self._parsed[index] = len(content)
+        if is_cut(content):
+            raise ValueError("truncated: its end is missing")
+        if reason := self._undecodable.get((epoch, index)):
+            raise ValueError(reason)
+        return content
 
     def _start(self, read: _Read) -> None:
         """Wait for a batch's files and hand them to DALI."""
-        contents = [content for part in read.parts for content in part.result()]
-        draws = self._augment.draw(read.epoch, read.ids, self._sizes(read.ids, contents))
-        self._running.append(_Running(read.ids, draws, contents))
-        if contents:
-            self._feed(contents, draws)
+        images = [image for part in read.parts for image in part.result()]
+        ids = np.array([image.index for image in images], np.int64)
+        draws = self._augment.draw(read.epoch, ids, self._catalog.sizes[ids])
+        self._running.append(_Running(read.epoch, read.wanted, images, draws))
+        if images:
+            if self._pipeline is None:
+                self._pipeline = self._build(-(-self._order.batch // self._world))
+            self._feed(self._pipeline, images, draws)
 
-    def _sizes(self, ids: np.ndarray, contents: list[np.ndarray]) -> np.ndarray:
-        known = self._catalog.sizes
-        for row in np.flatnonzero((known[ids] == 0).any(axis=1)):
-            try:
-                known[ids[row]] = header_size(contents[row]) if self._catalog.encoded else contents[row].shape[:2]
-            except ValueError as error:
-                raise _unusable(self._catalog.path(ids[row]), error) from None
-        return known[ids]
-
-    def _feed(self, contents: list[np.ndarray], draws: Draws) -> None:
-        if self._pipeline is None:
-            self._pipeline = self._build()
-        feed = self._pipeline.feed_input
-        feed("content", contents)
+    def _feed(self, pipeline: Pipeline, images: list[_Image], draws: Draws) -> None:
+        feed = pipeline.feed_input
+        feed("content", [image.content for image in images])
         for view in range(self._augment.views):
             corner, extent = draws.boxes[:, view, :2], draws.boxes[:, view, 2:]
             if self._regional:
@@ -181,18 +215,40 @@ class DaliSource:
             ends[:, flip, 1] = ends[::-1, flip, 1]
             feed(f"start{view}", ends[0])
             feed(f"end{view}", ends[1])
-        self._pipeline.schedule_run()
+        pipeline.schedule_run()
 
-    def _collect(self, running: _Running) -> list[np.ndarray | Tensor]:
+    def _collect(self, pipeline: Pipeline | None, images: list[_Image]) -> list[np.ndarray | Tensor]:
         """Wait for the V views uint8 [B, size, size, 3]; the memory is DALI's, and theirs for as long as they live."""
-        if not running.contents:
+        if not images:
             size = self._augment.size
             return [np.empty((0, size, size, 3), np.uint8)] * self._augment.views
-        outputs = [output.as_tensor() for output in self._pipeline.share_outputs()]
-        self._pipeline.release_outputs()
+        outputs = [output.as_tensor() for output in pipeline.share_outputs()]
+        pipeline.release_outputs()
         return [np.asarray(x) if self._gpu is None else torch.from_dlpack(x) for x in outputs]
 
-    def _build(self) -> Pipeline:
+    def _find_undecodable(self, broken: list[_Running]) -> bool:
+        """Note what DALI fails on. It does not say which: all that it had goes through it again, one at a time.
+
+        Another decoder's opinion alone would condemn images for being in flight with a bad one. Returns False where the
+        failure is not the images'.
+        """
+        failed, sound, pipeline = {}, 0, None
+        for epoch, _, images, draws in broken if self._catalog.encoded else ():
+            for row, image in enumerate(images):
+                try:
+                    pipeline = pipeline or self._build(1)
+                    self._feed(pipeline, [image], draws.take(slice(row, row + 1)))
+                    self._collect(pipeline, [image])
+                    sound += 1
+                except RuntimeError:
+                    finding, pipeline = examine(image.content.tobytes()), None
+                    failed[epoch, image.index] = finding if isinstance(finding, str) else _ONLY_DALI
+        if not sound and _ONLY_DALI in failed.values():
+            return False
+        self._undecodable |= failed
+        return bool(failed)
+
+    def _build(self, batch_size: int) -> Pipeline:
         # Boxes are drawn for the header's size, which knows no EXIF rotation; neither do torchvision's loaders.
         decoding = dict(device="cpu" if self._gpu is None else "mixed", output_type=types.RGB, adjust_orientation=False)
 
@@ -200,7 +256,7 @@ class DaliSource:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
         @pipeline_def(
-            batch_size=-(-self._order.batch // self._world),
+            batch_size=batch_size,
             num_threads=self._threads,
             device_id=self._gpu,
             exec_dynamic=True,  # outputs live as long as they are referred to, and runs queue up beyond the depth
@@ -231,38 +287,31 @@ class DaliSource:
         pipeline.build()
         return pipeline
 
-    def _find_culprit(self, suspects: list[_Running]) -> UsageError | None:
-        """DALI does not say which file it failed on: decode them one by one."""
-        for running in suspects if self._catalog.encoded else ():
-            for index, content in zip(running.ids, running.contents, strict=True):
-                try:
-                    Image.open(io.BytesIO(content)).convert("RGB")
-                except Exception as error:  # Pillow's decoders raise many kinds
-                    return _unusable(self._catalog.path(index), error)
-        return None
+
+class _Image(NamedTuple):
+    """What is shown at a place of a batch."""
+
+    index: int
+    content: np.ndarray  # uint8: a file's bytes [size], or pixels [H, W, 3]
+    instead_of: list[Bad]
 
 
 class _Read(NamedTuple):
-    """A batch whose files are being read: the futures hold lists of arrays, in the order of the ids."""
+    """A batch whose files are being read: the futures hold lists of images, in the order of the ids."""
 
     epoch: int
-    ids: np.ndarray
+    wanted: np.ndarray  # [B] ids
     parts: list[Future]
 
     def unread(self) -> list[int]:
-        parts = np.array_split(self.ids, max(1, len(self.parts)))
+        parts = np.array_split(self.wanted, max(1, len(self.parts)))
         return [int(i) for ids, part in zip(parts, self.parts, strict=False) if not part.done() for i in ids]
 
 
 class _Running(NamedTuple):
     """A batch that DALI works on."""
 
-    ids: np.ndarray
+    epoch: int
+    wanted: np.ndarray
+    images: list[_Image]
     draws: Draws
-    contents: list[np.ndarray]
-
-
-def _unusable(path: str, reason: object) -> UsageError:
-    return UsageError(
-        f"cannot decode '{path}' ({reason}): run launch/prepare.py, which finds and leaves out such files"
-    )

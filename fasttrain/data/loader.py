@@ -15,6 +15,7 @@ from fasttrain.data import Batch
 if TYPE_CHECKING:
     from fasttrain.data.augment import Augmentation
     from fasttrain.data.catalog import Catalog
+    from fasttrain.data.damage import BadImages
     from fasttrain.data.order import Order
 
 
@@ -29,6 +30,8 @@ class LoaderConfig(Config):
     """finished batches kept ready"""
     timeout: float = Field(120.0, gt=0)
     """seconds without a batch after which the run ends with an error that names the files being read"""
+    bad_share: float = Field(0.01, ge=0, le=1)
+    """share of the images that may turn out unreadable before the run stops; others are shown in their place"""
 
     def thread_count(self) -> int:
         """``threads``, or this rank's share of the cores."""
@@ -38,6 +41,9 @@ class LoaderConfig(Config):
 
 class Loader(Protocol):
     """Batches of one rank, in the order that :class:`~fasttrain.data.order.Order` gives."""
+
+    bad: BadImages
+    """the bad images in the batches that were taken so far"""
 
     def __len__(self) -> int:
         """Micro-batches an epoch."""
@@ -50,7 +56,8 @@ class Loader(Protocol):
         A second call abandons the first one's batches.
 
         Raises:
-            UsageError: an image cannot be decoded, or no batch came for ``timeout`` seconds; both name the files.
+            UsageError: more images than ``bad_share`` cannot be decoded, or no batch came for ``timeout`` seconds; both
+                name the files.
         """
         ...
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from fasttrain.errors import UsageError
 
 NAME = ".fasttrain-manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Manifest:
 
     ``listing`` is the hash of all relative file names. Only names are compared when a run starts: that takes a scan of
     the folders and no ``stat`` of each file, and holds for a copy on another disk. A file that was changed under its
-    old name is not noticed.
+    old name is noticed when it is read, by its number of bytes, or because it does not decode.
     """
 
     listing: str
@@ -32,12 +33,19 @@ class Manifest:
     excluded: list[tuple[int, str, str]]  # position in the listing, relative name, reason
     heights: list[int]  # pixels, one per file in listing order; 0 where excluded
     widths: list[int]
+    nbytes: list[int] = field(default_factory=list)  # of each file; 0 where excluded
+    names: list[str] = field(default_factory=list)  # relative to the split, in listing order
     version: int = VERSION
 
     @property
     def sizes(self) -> np.ndarray:
         """[full, 2] int32 (height, width)."""
         return np.stack([np.asarray(self.heights, np.int32), np.asarray(self.widths, np.int32)], axis=1)
+
+    def missing(self, present: Sequence[str]) -> int:
+        """How many of its files are not ``present``; 0 where others are that it does not list."""
+        lost = len(self.names) - len(present)
+        return lost if lost > 0 and set(self.names).issuperset(present) else 0
 
 
 def places(folder: Path, cache: Path) -> list[Path]:
@@ -54,7 +62,7 @@ def find(folder: Path, cache: Path) -> tuple[Manifest | None, str | None]:
             manifest = Manifest(**json.loads(path.read_text()))
             if manifest.version == VERSION:
                 return manifest, None
-            complaint = f"the manifest '{path}' is of version {manifest.version}, not {VERSION}"
+            complaint = f"the manifest '{path}' is not of version {VERSION}: run launch/prepare.py again"
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         except (OSError, ValueError, TypeError) as error:

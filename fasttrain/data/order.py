@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from fasttrain.errors import UsageError
 
 _DOMAIN = 0x6F72646572000000  # "order": the same seed draws something else here than in the augmentation
+_INSTEAD = 0x696E737465616400  # "instead": and else again for what replaces a bad image
+
+TRIES = 100
+"""Candidates for a place: with half of the images bad all would be so once in 10^30 times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,18 @@ class Order:
         start = rank * size + min(rank, longer)
         return epoch, ids[start : start + size + (rank < longer)]
 
+    def candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The ids to try in turn for the place of sample ``index``: itself, then up to ``TRIES`` at random.
+
+        They are uniform over the samples: outputs of Philox keyed by seed and epoch, with ``index`` in the counter.
+        """
+        yield int(index)
+        generator = np.random.Philox(
+            key=np.array([self.seed, _INSTEAD + epoch], np.uint64), counter=np.array([0, index, 0, 0], np.uint64)
+        )
+        for word in generator.random_raw(TRIES):
+            yield int(self.indices[word % np.uint64(len(self.indices))])
+
     def _epoch(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return self.indices
@@ -94,4 +111,4 @@ def _keys(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     return generator.random_raw(int(indices[-1]) + 1)[indices]
 
 
-__all__ = ["Order"]
+__all__ = ["TRIES", "Order"]

@@ -24,11 +24,14 @@ from torch import Tensor
 
 from fasttrain.data import Batch, colour
 from fasttrain.data.augment import Draws
+from fasttrain.data.damage import Bad, BadImages
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
 
 _PATIENCE = 5.0  # seconds that closing waits for the batch under way
+
+_Finished = tuple[Batch, Sequence[Bad]]
 
 
 class Decoded(NamedTuple):
@@ -37,11 +40,15 @@ class Decoded(NamedTuple):
     views: Sequence[np.ndarray | Tensor]  # V x uint8 [B, size, size, 3]; the next produce() may overwrite them
     draws: Draws  # [B, V]
     labels: np.ndarray  # [B] int64
-    ids: np.ndarray  # [B] int64
+    ids: np.ndarray  # [B] int64, of the images shown
+    bad: Sequence[Bad] = ()  # those that cannot be
 
 
 class Source(Protocol):
     """What a loader has of its own. Called from one thread at a time, but for ``reading``."""
+
+    remedy: str
+    """what to do about bad images"""
 
     def seek(self, position: int, end: int | None) -> None:
         """Forget what is under way: ``position`` is produced next, then those after it up to ``end``."""
@@ -64,6 +71,7 @@ class PrefetchLoader:
     def __init__(self, source: Source, config: LoaderConfig, order: Order, device: torch.device) -> None:
         self._source, self._config, self._order = source, config, order
         self._finish = _FinishOnGpu(device) if device.type == "cuda" else _FinishOnCpu(config.thread_count())
+        self.bad = BadImages(config.bad_share, len(order.indices), source.remedy)
         self._runs: list[_Run] = []
         self._finalizer = weakref.finalize(self, _close, self._runs, source, self._finish)
         self._finalizer.atexit = False  # that would come after DALI's own shutdown, which must find no run under way
@@ -91,7 +99,8 @@ class PrefetchLoader:
     def _batches(self, run: _Run) -> Iterator[Batch]:
         try:
             for _ in run.positions():
-                batch = run.take(self._config.timeout)
+                batch, bad = run.take(self._config.timeout)
+                self.bad.add(bad)
                 if batch.images.is_cuda:  # made on another stream, whose allocator must not reuse it under ours
                     for tensor in (batch.images, batch.labels, batch.index):
                         tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -143,7 +152,7 @@ class _Run:
         self, source: Source, finish: Callable[[Decoded], Batch], start: int, end: int | None, prefetch: int
     ) -> None:
         self._source, self._finish, self._start, self._end, self._prefetch = source, finish, start, end, prefetch
-        self._ready: deque[Batch | BaseException] = deque()
+        self._ready: deque[_Finished | BaseException] = deque()
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._fill, name="fasttrain-loader", daemon=True)
@@ -152,7 +161,7 @@ class _Run:
     def positions(self) -> Iterator[int]:
         return itertools.count(self._start) if self._end is None else iter(range(self._start, self._end))
 
-    def take(self, timeout: float) -> Batch:
+    def take(self, timeout: float) -> _Finished:
         with self._changed:
             if not self._changed.wait_for(lambda: self._ready or self._stopped, timeout):
                 raise self.overdue(timeout)
@@ -186,11 +195,12 @@ class _Run:
             for position in self.positions():
                 if self._stopped:
                     return
-                self._put(self._finish(self._source.produce(position)))
+                decoded = self._source.produce(position)
+                self._put((self._finish(decoded), decoded.bad))
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> None:
+    def _put(self, item: _Finished | BaseException) -> None:
         with self._changed:
             self._changed.wait_for(lambda: len(self._ready) < self._prefetch or self._stopped)
             if not self._stopped:

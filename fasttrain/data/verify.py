@@ -19,15 +19,13 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from fasttrain.data import manifest
-from fasttrain.data.catalog import Catalog
+from fasttrain.data.catalog import FORMATS, Catalog
+from fasttrain.data.damage import PNG_END
 from fasttrain.errors import UsageError
 
 S, T = TypeVar("S"), TypeVar("T")
 
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # by content; what the loaders decode. Any may be called .jpg.
-
 _CHUNK = 64  # files a task
-_PNG_END = b"IEND\xaeB`\x82"
 
 
 def verify(catalog: Catalog, cache: Path, workers: int | None = None) -> str:
@@ -46,16 +44,18 @@ def verify(catalog: Catalog, cache: Path, workers: int | None = None) -> str:
             processes die (for want of memory, say).
     """
     if catalog.beton is not None:
-        from fasttrain.data import ffcv
+        from fasttrain.data.beton import verify_beton
 
-        ffcv.verify_beton(catalog.beton)
+        verify_beton(catalog.beton)
         return f"{catalog.summary()}\n  its hash is right"
     if catalog.names is None:
         return f"{catalog.summary()}\n  its checksum is right"
     began = time.perf_counter()
-    sizes, excluded = _inspect_listing(catalog, workers)
-    heights, widths = sizes.T.tolist()
-    found = manifest.Manifest(catalog.names.digest(), catalog.classes, excluded, heights, widths)
+    sizes, nbytes, excluded = _inspect_listing(catalog, workers)
+    names = catalog.names
+    found = manifest.Manifest(
+        names.digest(), catalog.classes, excluded, *sizes.T.tolist(), nbytes=nbytes.tolist(), names=list(names)
+    )
     path = manifest.save(found, catalog.root, cache)
     rate = len(sizes) / (time.perf_counter() - began)
     verified = catalog.without({index: reason for index, _, reason in excluded})
@@ -65,9 +65,13 @@ def verify(catalog: Catalog, cache: Path, workers: int | None = None) -> str:
 def inspect(path: str) -> tuple[int, int] | str:
     """(height, width) of a file that decodes whole to RGB, or why it does not."""
     try:
-        data = Path(path).read_bytes()
+        return examine(Path(path).read_bytes())
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+
+
+def examine(data: bytes) -> tuple[int, int] | str:
+    """:func:`inspect` of a file's bytes."""
     if not data:
         return "empty file"
     try:
@@ -77,7 +81,7 @@ def inspect(path: str) -> tuple[int, int] | str:
             size = image.height, image.width
             if image.format == "PNG":  # Pillow stops at the last pixel; other decoders want checksums and the end
                 Image.open(io.BytesIO(data)).verify()
-                if _PNG_END not in data:
+                if PNG_END not in data:
                     return "does not decode: the PNG's end is missing"
     except UnidentifiedImageError:
         return f"wrong format: begins with {data[:16]!r}"
@@ -86,26 +90,29 @@ def inspect(path: str) -> tuple[int, int] | str:
     return size
 
 
-def _inspect_listing(catalog: Catalog, workers: int | None) -> tuple[np.ndarray, list[tuple[int, str, str]]]:
-    """Sizes [full, 2] and (position, name, reason) of what does not decode."""
+def _inspect_listing(
+    catalog: Catalog, workers: int | None
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str, str]]]:
+    """Sizes [full, 2], bytes [full], and (position, name, reason) of what does not decode."""
     full = len(catalog.labels)
-    sizes, excluded = np.zeros((full, 2), np.int32), []
+    sizes, nbytes, excluded = np.zeros((full, 2), np.int32), np.zeros(full, np.int64), []
     chunks = (
         [catalog.path(index) for index in range(first, min(first + _CHUNK, full))] for first in range(0, full, _CHUNK)
     )
     findings = itertools.chain.from_iterable(_map(_inspect_all, chunks, workers))
     # disable=None: no bar where there is no terminal
     bar = tqdm(findings, f"verify {catalog.split}", total=full, unit=" images", disable=None)
-    for index, finding in enumerate(bar):
+    for index, (finding, length) in enumerate(bar):
         if isinstance(finding, str):
             excluded.append((index, catalog.names[index], finding))
         else:
-            sizes[index] = finding
-    return sizes, excluded
+            sizes[index], nbytes[index] = finding, length
+    return sizes, nbytes, excluded
 
 
-def _inspect_all(paths: list[str]) -> list[tuple[int, int] | str]:
-    return [inspect(path) for path in paths]
+def _inspect_all(paths: list[str]) -> list[tuple[tuple[int, int] | str, int]]:
+    """What ``inspect`` finds of each file, and its bytes."""
+    return [(inspect(path), os.path.getsize(path) if os.path.exists(path) else 0) for path in paths]
 
 
 def _map(function: Callable[[S], T], items: Iterable[S], workers: int | None) -> Iterator[T]:
@@ -121,4 +128,4 @@ def _map(function: Callable[[S], T], items: Iterable[S], workers: int | None) ->
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-__all__ = ["FORMATS", "inspect", "verify"]
+__all__ = ["examine", "inspect", "verify"]

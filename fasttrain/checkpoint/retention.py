@@ -1,0 +1,43 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from fasttrain.checkpoint import files
+from fasttrain.run import RunConfig
+
+
+def prune(folder: Path, newest: Path, config: RunConfig) -> None:
+    """Remove all but the last ``keep``, every ``keep_every``-th and the best; ``newest`` is one of the last.
+
+    Those of later steps are what a damaged end of the run left when it went on from an earlier one: they go.
+    """
+    paths = [path for path in files.steps(folder) if path.name <= newest.name]
+    stay = set(paths[: config.keep])
+    if config.keep_every:
+        stay |= {path for path in paths if _step(path) % config.keep_every == 0}
+    if best := best_of(folder, config):
+        stay.add(best[1])
+    for path in files.steps(folder):
+        if path not in stay:
+            with suppress(OSError):  # a folder that lets nothing go will say so when it takes nothing in
+                files.remove(path)
+
+
+def best_of(folder: Path, config: RunConfig) -> tuple[float, Path] | None:
+    """The best value of the metric ``keep_best`` among the checkpoints that have one, and the oldest that has it."""
+    if config.keep_best is None:
+        return None
+    scores = []
+    for path in reversed(files.steps(folder)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            scores.append((float(json.loads((path / files.STATE).read_text())["metrics"][config.best_metric]), path))
+    chosen = max if config.best_is_highest else min
+    return chosen(scores, key=lambda score: score[0], default=None)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
