@@ -18,6 +18,7 @@ from fasttrain.attacks import AttackConfig
 from fasttrain.checkpoint.state import snapshot
 from fasttrain.config import Config
 from fasttrain.data import Batch
+from fasttrain.data.damage import BadImages
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.objectives import build_one_sided, cross_entropy
@@ -51,7 +52,7 @@ class Images:
     """This rank's part of random images; ``index`` tells the step."""
 
     def __init__(self, accumulation: int) -> None:
-        self.accumulation, self.seen = accumulation, []
+        self.accumulation, self.seen, self.bad = accumulation, [], BadImages(0, GLOBAL, "")
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
         world, rank, size = distributed.world_size(), distributed.rank(), GLOBAL // self.accumulation
