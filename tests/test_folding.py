@@ -217,3 +217,12 @@ def test_max_pool_keeps_the_memory_format(dtype):
     assert torch.equal(y, expected) and y.permute(2, 3, 0, 1).is_contiguous()
     g = torch.randn_like(expected)
     assert torch.equal(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(expected, x, g)[0])
+
+
+def test_another_activation_is_kept():
+    encoder = Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.125)).double().eval()
+    for module in encoder.modules():
+        if hasattr(module, "relu"):
+            module.relu = torch.nn.SiLU()
+    images = torch.rand(9, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(fold_batchnorm(encoder)(images).features, encoder(images).features)

@@ -22,6 +22,7 @@ from fasttrain.optim import OptimizerConfig, build_optimizer
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import ViewConfig, ViewedTermConfig, adversarial, build_view, clean, structured
 from tests.ranks import run_ranks
+from tests.test_engine import bare_run
 
 SIDE, IMAGES = 16, 8
 EPS = 8 / 255
@@ -377,9 +378,11 @@ def whole_and_resumed(folder: str) -> list[tuple[dict[str, torch.Tensor], dict[s
     for case, whole in zip(RESUMED, trained(RESUMED), strict=True):
         trainer = build(case)
         take_steps(trainer, case, 0, 2)
-        path = checkpoint.save(Path(folder) / case.kind, trainer, 2, {"config": {}}, keep=2)
+        saver = checkpoint.Saver(bare_run(str(Path(folder) / case.kind)), trainer, lambda: {"config": {}})
+        saver.save(2, {})
+        saver.finish(stopping=False)
         again = build(case)
-        checkpoint.restore(path, again, checkpoint.read_state(path))
+        checkpoint.restore(checkpoint.read(Path(folder) / case.kind / "step-00000002"), again)
         pairs.append((whole, take_steps(again, case, 2, 3)))
     return pairs
 

@@ -59,14 +59,15 @@ def _folded(module: M) -> M:
 
 def _fused(twin: nn.Module) -> nn.Module:
     """What does the work of a folded residual block or stem in fewer passes; anything else as it is."""
-    if isinstance(twin, (BasicBlock, Bottleneck, FewShotBlock)):
+    rectified = type(getattr(twin, "relu", None)) in (nn.ReLU, nn.LeakyReLU)
+    if isinstance(twin, (BasicBlock, Bottleneck, FewShotBlock)) and rectified:
         convolutions = [child for child in twin.children() if isinstance(child, nn.Conv2d)]
         shortcut = nn.Identity() if twin.downsample is None else twin.downsample[0]
         chain = FrozenChain(convolutions, shortcut, getattr(twin.relu, "negative_slope", 0.0))
         return nn.Sequential(chain, FrozenMaxPool(twin.maxpool)) if isinstance(twin, FewShotBlock) else chain
     if isinstance(twin, ResNet):
         twin.avgpool = _WideAverage()
-        if hasattr(twin, "conv1"):
+        if rectified:  # it has a stem
             twin.conv1, twin.relu = FrozenChain([twin.conv1]), nn.Identity()
             if isinstance(twin.maxpool, nn.MaxPool2d):
                 twin.maxpool = FrozenMaxPool(twin.maxpool)
