@@ -43,6 +43,8 @@ class BenchConfig(Config):
     "rounds of each contestant"
     quick: bool = False
     "tiny sizes where none is given, and one round: to see that all of it runs; --quick is the same"
+    heap: Literal["kept", "glibc"] = "kept"
+    "on a CPU, for all contestants: freed memory is kept for the next step, as our training does, or glibc's defaults"
     output: str = "bench.json"
     "the JSON file; the table goes beside it as Markdown, and the chart"
 
@@ -89,7 +91,8 @@ TASKS = {
 
 
 def bench(config: BenchConfig) -> None:
-    keep_heap()  # as training does on a CPU
+    if config.heap == "kept":
+        keep_heap()
     parts = {name: getattr(config, name) for name in TASKS} if config.task == "all" else {config.task: config}
     reports = {name: TASKS[name].run(part, config.rounds) for name, part in parts.items()}
     command = " ".join(["python", "launch/bench.py", *sys.argv[1:]])

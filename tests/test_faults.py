@@ -8,11 +8,12 @@ import pytest
 
 from tests.faults.__main__ import FULL
 
-SHARE = {"killed_at_random": 0.06, "killed_while_saving": 0.02, "told_to_stop": 0.06, "corrupted": 0.2}
+SHARE = {"killed_at_random": 0.06, "corrupted": 0.2, "failing_disk": 0.2, "rank_lost": 0.1}
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("scenario", FULL)
+@pytest.mark.parametrize("scenario", sorted(FULL.keys() - {"left_alone"}))
 def test_nothing_breaks(scenario, tmp_path):
-    for row in FULL[scenario](tmp_path, SHARE.get(scenario, 0.05), random.Random(0)):
+    """All but a long run that is left alone, which says nothing when it is short."""
+    for row in FULL[scenario](tmp_path, SHARE.get(scenario, 0.04), random.Random(0)):
         assert not row.broken, f"{row.fault}: {row.broken}"

@@ -44,8 +44,16 @@ def ceilings(dtype: torch.dtype, device: torch.device, side: int | None = None, 
     size = (mib or (1024 if gpu else 256)) * 2**20
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
-    result, target = torch.empty_like(a), torch.zeros_like(source)
+    target = torch.zeros_like(source)
     return Ceilings(
-        {PRODUCT: lambda: torch.mm(a, b, out=result), COPY: lambda: target.copy_(source)},
+        {PRODUCT: product(a, b), COPY: lambda: target.copy_(source)},
         {PRODUCT: Work(2 * side**3, 3 * side**2 * a.element_size()), COPY: Work(0, 2 * size)},
     )
+
+
+def product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """a bᵀ by the fastest that PyTorch has: on AMD's CPUs oneDNN, which takes half the time of MKL in float32."""
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    result = torch.empty_like(a)
+    return lambda: torch.mm(a, b.T, out=result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from collections.abc import Callable
@@ -10,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fasttrain_kernels.heap import keep_heap
+from fasttrain_kernels.heap import heap_given_back
 
-_MMAP_THRESHOLD, _MMAP_MAX, _TRIM_THRESHOLD = -3, -4, -1  # of mallopt(3)
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -23,8 +21,8 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     reset first: that is what decides whether a job fits. Unlike a profiler of torch's allocator it sees what NumPy,
     numba, oneDNN and the BLAS allocate; unlike a sampling thread it misses nothing. Pages count once they are touched,
     so what the C library keeps of memory freed earlier is given back to the system before, and during the run it keeps
-    no block of 128 KiB or more; afterwards it keeps the heap, as training does. Warm up first, or compiled code and
-    loaded libraries count. ``None`` where the mark cannot be reset (not Linux, or a sandbox).
+    no block of 128 KiB or more. Warm up first, or compiled code and loaded libraries count. ``None`` where the mark
+    cannot be reset (not Linux, or a sandbox).
     """
     gc.collect()
     if device.type == "cuda":
@@ -35,13 +33,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if sys.platform != "linux":
         return None
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.mallopt(_MMAP_MAX, 2**16)
-        libc.mallopt(_MMAP_THRESHOLD, 2**17)
-        libc.mallopt(_TRIM_THRESHOLD, 2**17)
-        libc.malloc_trim(0)
-    try:
+    with heap_given_back():
         try:
             _CLEAR.write_text("5")
         except OSError:
@@ -49,8 +41,6 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         before = _high_water()
         run()
         return _high_water() - before
-    finally:
-        keep_heap()
 
 
 def _high_water() -> int:

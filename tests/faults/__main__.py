@@ -27,9 +27,10 @@ FULL: dict[str, Callable[[Path, float, random.Random], Iterator[Row]]] = {
     "told_to_stop": lambda f, share, draw: scenarios.told_to_stop(f, count(50, share), draw),
     "corrupted": lambda f, share, draw: scenarios.corrupted(f, count(1000, share), count(20, share), draw),
     "malicious": lambda f, share, draw: scenarios.malicious(f),
-    "failing_disk": lambda f, share, draw: scenarios.failing_disk(f),
+    "failing_disk": scenarios.failing_disk,
     "bad_images": lambda f, share, draw: scenarios.bad_images(f),
     "not_finite": lambda f, share, draw: scenarios.not_finite(f),
+    "left_alone": lambda f, share, draw: scenarios.left_alone(f, 60 * share),
     "rank_lost": lambda f, share, draw: scenarios.rank_lost(f, count(10, share), draw),
 }
 

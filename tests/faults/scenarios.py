@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import NamedTuple
 from fasttrain import checkpoint, cli
 from fasttrain.data.catalog import DataConfig, open_catalog
 from fasttrain.errors import UsageError
+from fasttrain.run import read_metrics
 from tests.faults.job import Job
 from tests.faults.trainee import ROOT, Fault, Poison, seen
 from tests.test_bad_data import SIX_KINDS, encode, spoil
@@ -115,7 +117,8 @@ def killed_at_random(folder: Path, count: int, draw: random.Random) -> Iterator[
             wrong_order.append(f"run {runs} saw other samples")
         runs, most = runs + 1, max(most, kills - kills_before)
         shutil.rmtree(here)
-    over = [f"{steps} steps lost" for steps in lost if steps > INTERVAL]
+    # one interval, and the steps taken while a checkpoint is written, which is shorter than an interval even here
+    over = [f"{steps} steps lost" for steps in lost if steps >= 2 * INTERVAL]
     yield Row(
         "`kill -9` at uniformly random instants",
         kills,
@@ -255,12 +258,13 @@ def malicious(folder: Path) -> Iterator[Row]:
     yield Row("a malicious pickle in place of every file", tried, broken, "none executed")
 
 
-def failing_disk(folder: Path) -> Iterator[Row]:
+def failing_disk(folder: Path, share: float, draw: random.Random) -> Iterator[Row]:
     """Each file operation of the second save, and all after it, fail; and a disk that is really full."""
     first, last = operations_of_a_save(folder / "count")
+    operations = sorted(draw.sample(range(first, last + 1), max(1, round(share * (last + 1 - first)))))
     broken, tried = [], 0
     for policy, code in (("stop", cli.EXIT_MISTAKE), ("continue", 0)):
-        for operation in range(first, last + 1):
+        for operation in operations:
             for name in ERRORS:
                 here = folder / f"{policy}-{operation}-{name}"
                 with job(here, f"run.on_save_error={policy}", fault=Fault(operation, name)) as run:
@@ -377,6 +381,38 @@ def rank_lost(folder: Path, count: int, draw: random.Random) -> Iterator[Row]:
         yield Row(
             f"{number.name} to one of two ranks", count, broken, f"the other ended within {longest:.0f} s and named it"
         )
+
+
+def left_alone(folder: Path, minutes: float) -> Iterator[Row]:
+    """A long run: does its memory grow, does it slow down?"""
+    resident: list[tuple[float, int]] = []
+    began = time.monotonic()
+    with job(folder, "train.steps=100000000", "run.log_every=20", "run.save_every=200") as run:
+        while time.monotonic() - began < 60 * minutes and run.ranks[0].is_alive():
+            time.sleep(1)
+            resident.append((time.monotonic() - began, resident_memory(run.ranks[0].pid)))
+        run.signal(signal.SIGTERM)
+        codes = run.wait()
+    rates = [x["images_per_second"] for x in read_metrics(folder / "run" / "metrics.jsonl") if "images_per_second" in x]
+    tenth = max(1, len(rates) // 10)
+    settled = resident[len(resident) // 10 :]  # caches are full
+    growth = statistics.linear_regression(*zip(*settled, strict=True)).slope * (settled[-1][0] - settled[0][0])
+    share = growth / settled[0][1]
+    drift = statistics.median(rates[-tenth:]) / statistics.median(rates[:tenth]) - 1
+    broken = [] if codes == [cli.EXIT_SAVED_ON_SIGNAL] else [f"ended with {codes}: {run.log()[-300:]}"]
+    broken += [f"memory grew by {share:.1%}"] * (share > 0.02) + [f"throughput changed by {drift:.1%}"] * (
+        drift < -0.02
+    )
+    figures = (
+        f"{20 * len(rates):,} steps; resident memory {settled[0][1] / 2**20:,.0f} MiB, trend {growth / 2**20:+.1f} MiB; "
+        f"images/s of the last tenth {drift:+.1%} of the first"
+    )
+    yield Row(f"{minutes:g} minutes of training, nothing done to it", 1, broken, figures)
+
+
+def resident_memory(process: int) -> int:
+    """Bytes."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def whole(folder: Path) -> list[str]:
