@@ -146,10 +146,10 @@ class Run:
         self._total = total
 
     def _open_reports(self, config: Config, start: int) -> None:
-        (self.dir / "config.yaml").write_text(to_yaml(config))
         path = self.dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        _replace(self.dir / "config.yaml", to_yaml(config))
+        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = path.open("a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter
 
@@ -169,11 +169,9 @@ class Run:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
-            self._silent, self._bad_images = False, 0
+            self._silent = False
         except OSError as error:
-            if not self._silent:
-                self.say(f"WARNING: what step {step} reports cannot be written to {self.dir} ({error})")
-            self._silent = True
+            self._unwritten(f"what step {step} reports", error)
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar.disable:
             self.say(f"step {step}/{self._total}  {text}{self._time_left(step)}")
@@ -195,9 +193,18 @@ class Run:
     def list_bad_images(self, bad: BadImages) -> int:
         """Write what all ranks agree on to ``bad_images.txt``, and return how many there are."""
         if distributed.rank() == 0 and len(bad.found) != self._bad_images:
-            self._bad_images = len(bad.found)
-            (self.dir / "bad_images.txt").write_text("".join(f"{complaint}\n" for complaint in bad.found.values()))
+            try:
+                _replace(self.dir / "bad_images.txt", "".join(f"{complaint}\n" for complaint in bad.found.values()))
+                self._bad_images = len(bad.found)
+            except OSError as error:
+                self._unwritten("the list of bad images", error)
         return len(bad.found)
+
+    def _unwritten(self, what: str, error: OSError) -> None:
+        """Said once, until a report can be written again."""
+        if not self._silent:
+            self.say(f"WARNING: {what} cannot be written to {self.dir} ({error})")
+        self._silent = True
 
     def say(self, line: str) -> None:
         """A line for the person who watches, from rank 0, without breaking the bar."""
@@ -228,6 +235,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, where a kill on the way leaves what was there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _short(value: Any) -> str:

@@ -158,15 +158,17 @@ def interrupted(folder: str, stages: tuple[int, int], optimizer: str, precision:
     return weights(again)
 
 
-@pytest.mark.parametrize("stages", [(0, 0), (2, 2), (1, 0)])
-def test_a_run_saved_and_loaded_is_the_uninterrupted_one(tmp_path, stages):
-    """Bit for bit at one stage; at another, to rounding."""
-    whole, _ = trained_in_ranks(Case(stages[1], optimizer="adamw"))
-    for rank in run_ranks(2, interrupted, str(tmp_path), stages, "adamw", "fp32"):
+@pytest.mark.parametrize(
+    ("stages", "optimizer"), [((0, 0), "adamw"), ((2, 2), "adamw"), ((1, 0), "adamw"), ((1, 0), "sgd")]
+)
+def test_a_run_saved_and_loaded_is_the_uninterrupted_one(tmp_path, stages, optimizer):
+    """Bit for bit at one stage; at another, to rounding, which Adam divides by a tiny sqrt(v)."""
+    whole, _ = trained_in_ranks(Case(stages[1], optimizer=optimizer))
+    for rank in run_ranks(2, interrupted, str(tmp_path), stages, optimizer, "fp32"):
         if stages[0] == stages[1]:
             assert all(torch.equal(rank[k], whole[k]) for k in whole)
         else:
-            assert largest_difference(rank, whole) < 1e-3
+            assert largest_difference(rank, whole) < {"adamw": 5e-3, "sgd": 1e-4}[optimizer]
 
 
 def trained_in_ranks(case: Case) -> list[dict[str, torch.Tensor]]:

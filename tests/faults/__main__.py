@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import random
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +34,20 @@ FULL: dict[str, Callable[[Path, float, random.Random], Iterator[Row]]] = {
     "not_finite": lambda f, share, draw: scenarios.not_finite(f),
     "left_alone": lambda f, share, draw: scenarios.left_alone(f, 60 * share),
     "rank_lost": lambda f, share, draw: scenarios.rank_lost(f, count(10, share), draw),
+    "host_lost": lambda f, share, draw: scenarios.tested(
+        "two hosts (network namespaces): started three ways, packets lost and delayed, one cut off for good",
+        "tests/test_two_hosts.py",
+    ),
+    "restarted": lambda f, share, draw: scenarios.tested(
+        "SIGTERM to the launcher; a rank killed under `torchrun --max-restarts`", "tests/test_launch.py"
+    ),
+    "resized": lambda f, share, draw: scenarios.tested(
+        "1 -> 2 -> 4 -> 1 ranks with ZeRO 0 -> 1 -> 2 -> 0: weights and optimiser state bit for bit, order kept",
+        "tests/test_failures.py::test_another_world_size_and_stage_loads_the_same_bits_and_keeps_the_order",
+    ),
 }
+OF_TESTS = {"host_lost", "restarted", "resized"}
+"Those that only run tests which are there anyway."
 
 
 def count(full: int, share: float) -> int:
@@ -47,7 +62,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("faults.md"))
     given = parser.parse_args()
-    ran = f"{hardware()}; torch {torch.__version__}; {datetime.date.today()}; `python -m tests.faults` x {given.share}"
+    command = shlex.join(["python", "-m", "tests.faults", *sys.argv[1:]])
+    ran = f"{hardware()}; torch {torch.__version__}; {datetime.date.today()}; `{command}`"
     lines = [ran, "", "| fault | tried | outcome | figures |", "| --- | --- | --- | --- |"]
     print("\n".join(lines), flush=True)
     for name in given.only:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -383,6 +384,24 @@ def rank_lost(folder: Path, count: int, draw: random.Random) -> Iterator[Row]:
         )
 
 
+def tested(fault: str, *tests: str) -> Iterator[Row]:
+    """Faults that have tests of their own, marked ``faults``: those are run as they are."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rfEs", "-m", "faults", "--tb=short", *tests],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    lines = done.stdout.splitlines()
+    verdict = re.sub(r"^=* ?| in [0-9.]+.*", "", lines[-1])
+    tried = sum(int(number) for number in re.findall(r"(\d+) (?:passed|failed|error)", verdict))
+    broken = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode and not broken:
+        broken = [f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-300:]}"]
+    skipped = [line for line in lines if line.startswith("SKIPPED")]
+    yield Row(fault, tried, broken, "; ".join([f"`pytest -m faults {' '.join(tests)}`: {verdict}", *skipped]))
+
+
 def left_alone(folder: Path, minutes: float) -> Iterator[Row]:
     """A long run: does its memory grow, does it slow down?"""
     resident: list[tuple[float, int]] = []
@@ -404,7 +423,7 @@ def left_alone(folder: Path, minutes: float) -> Iterator[Row]:
         drift < -0.02
     )
     figures = (
-        f"{20 * len(rates):,} steps; resident memory {settled[0][1] / 2**20:,.0f} MiB, trend {growth / 2**20:+.1f} MiB; "
+        f"{20 * len(rates):,} steps; resident {settled[0][1] / 2**20:,.0f} MiB, trend {growth / 2**20:+.1f} MiB; "
         f"images/s of the last tenth {drift:+.1%} of the first"
     )
     yield Row(f"{minutes:g} minutes of training, nothing done to it", 1, broken, figures)
