@@ -124,6 +124,29 @@ def test_starts_follow_from_seed_call_and_image_alone():
     assert (images(6) - first).abs().max() > EPS and (images(5, seed=1) - first).abs().max() > EPS
 
 
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_attack_that_meets_what_is_not_finite_makes_no_view(name, what):
+    """Once, of one image: the signs of NaN are 0, so that the attack itself goes on as if nothing had happened."""
+    encoder, batch, calls = make_encoder(), make_batch(), []
+
+    def against(fixed, batch):
+        def losses(encoded):
+            calls.append(0)
+            found = encoded.projections.square().sum(1)
+            if len(calls) == 1 and what == "loss":
+                return found * torch.nan
+            if len(calls) == 1 and found.requires_grad:
+                found.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), torch.nan))
+            return found
+
+        return losses
+
+    view = adversarial(AttackConfig(name=name, steps=1 if name == "fgsm" else 3), against, 0)
+    assert view(encoder, batch).images[0].isnan().all()
+    assert view(encoder, batch).images.isfinite().all()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("batchnorm", ["eval", "train"])
 def test_the_encoder_s_gradient_is_that_of_training_on_the_attacked_images(batchnorm, autocast):

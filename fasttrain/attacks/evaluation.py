@@ -49,6 +49,32 @@ def loss_only(loss_of_images: PerImageLoss, x: Tensor) -> Tensor:
     return _checked(loss_of_images, x)
 
 
+class Watched:
+    """A ``loss_of_images`` that notes whether a loss, or its gradient by the images, was ever not finite.
+
+    The attack itself would lose it: the sign of NaN is 0, and an iterate whose loss is NaN is never the best.
+    """
+
+    def __init__(self, loss_of_images: PerImageLoss) -> None:
+        self._loss_of_images = loss_of_images
+        self._finite: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        loss = self._loss_of_images(x)
+        self._note(loss)
+        if x.requires_grad:
+            x.register_hook(self._note)
+        return loss
+
+    def _note(self, values: Tensor) -> None:
+        finite = values.detach().sum().isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
+
+    def or_nan(self, images: Tensor) -> Tensor:
+        """``images`` if all was finite, else NaN, which the step's loss then is too; nothing is read on the host."""
+        return images if self._finite is None else torch.where(self._finite, images, torch.nan)
+
+
 def _checked(loss_of_images: PerImageLoss, x: Tensor) -> Tensor:
     with frozen_statistics():
         loss = loss_of_images(x)
@@ -59,4 +85,4 @@ def _checked(loss_of_images: PerImageLoss, x: Tensor) -> Tensor:
     return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
-__all__ = ["Attack", "PerImageLoss", "loss_and_gradient", "loss_only"]
+__all__ = ["Attack", "PerImageLoss", "Watched", "loss_and_gradient", "loss_only"]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fasttrain.attacks import AttackConfig, attacked, image_keys, make_attack
+from fasttrain.attacks.evaluation import Watched
 from fasttrain.data import Batch
 from fasttrain.models import Encoder, frozen_statistics
 from fasttrain.objectives import OneSided
@@ -24,7 +25,8 @@ def adversarial(
     φ(x⁺) is computed, and gathered over the ranks, once a batch; of a batch of one view there is none, and ``against``
     gets ``None`` for it. What comes back is a constant: an objective on it trains the encoder on the images as they are
     (Lubana & Aldeeb, section 3.2; Madry et al. 2018). Running statistics are left alone, weights get no gradient, and
-    every rank takes the same steps. Under autocast the attack is autocast too.
+    every rank takes the same steps. Under autocast the attack is autocast too. Where a loss or gradient that the attack
+    meets is not finite, the view is NaN, so that the step is treated as one whose own loss is not finite.
 
     Random starts are a function of (``seed``, optimiser step, position of the image in the data set), the step counted
     from the calls in a buffer: a resumed run continues it, and any number of ranks or micro-batches draws the same.
@@ -56,10 +58,11 @@ class Adversarial(nn.Module):
         model = attacked(encoder, self.batchnorm)
         with torch.no_grad(), frozen_statistics():
             fixed = model(torch.cat(others)) if others else None
-        loss = self.against(fixed, batch)
+        against = self.against(fixed, batch)
+        loss = Watched(lambda x: against(model(x)))
         keys = image_keys(self.seed, self.calls // self.accumulation, batch.index)
         self.calls += 1
-        return put(batch, self.index, self.attack(lambda x: loss(model(x)), images, keys))
+        return put(batch, self.index, loss.or_nan(self.attack(loss, images, keys)))
 
 
 __all__ = ["Adversarial", "adversarial"]

@@ -134,10 +134,8 @@ def _spread(poison: Poison) -> None:
         return tensor * torch.nan if now == poison.position else tensor
 
     # by their full names, since their packages export functions under the same
-    pgd, gradient_penalty = (
-        import_module("fasttrain.attacks.pgd"),
-        import_module("fasttrain.objectives.gradient_penalty"),
-    )
+    evaluation = import_module("fasttrain.attacks.evaluation")
+    gradient_penalty = import_module("fasttrain.objectives.gradient_penalty")
     forward = step.TrainStep.forward
     if poison.where == "loss":
 
@@ -165,13 +163,15 @@ def _spread(poison: Poison) -> None:
 
         gradient_penalty._image_gradient = differentiated
     elif poison.where == "attack":
-        loss_and_gradient = pgd.loss_and_gradient
+        checked = evaluation._checked
 
         def attacked(*arguments):
-            loss, gradient = loss_and_gradient(*arguments)
-            return loss, spoilt(gradient)
+            loss = checked(*arguments)
+            if loss.requires_grad:
+                loss.register_hook(spoilt)
+            return loss
 
-        pgd.loss_and_gradient = attacked
+        evaluation._checked = attacked
 
 
 class Sabotage:
