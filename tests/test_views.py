@@ -124,9 +124,9 @@ def test_starts_follow_from_seed_call_and_image_alone():
     assert (images(6) - first).abs().max() > EPS and (images(5, seed=1) - first).abs().max() > EPS
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd"])
+@pytest.mark.parametrize("attack", [{"name": "fgsm"}, PGD, PGD | {"name": "apgd"}])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_an_attack_that_meets_what_is_not_finite_makes_no_view(name, what):
+def test_an_attack_that_meets_what_is_not_finite_makes_no_view(attack, what):
     """Once, of one image: the signs of NaN are 0, so that the attack itself goes on as if nothing had happened."""
     encoder, batch, calls = make_encoder(), make_batch(), []
 
@@ -142,7 +142,7 @@ def test_an_attack_that_meets_what_is_not_finite_makes_no_view(name, what):
 
         return losses
 
-    view = adversarial(AttackConfig(name=name, steps=1 if name == "fgsm" else 3), against, 0)
+    view = adversarial(AttackConfig(**attack), against, 0)
     assert view(encoder, batch).images[0].isnan().all()
     assert view(encoder, batch).images.isfinite().all()
 
