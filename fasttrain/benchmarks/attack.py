@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.attacks import Linf, PerImageLoss, Threat, apgd
 from fasttrain.attacks.evaluation import loss_and_gradient, loss_only
 from fasttrain.attacks.losses import squared_distance
+from fasttrain.benchmarks.ceilings import PRODUCT, ceilings
 from fasttrain.benchmarks.network import NetworkConfig, Setting, channels_last, plain, setting
-from fasttrain.benchmarks.timing import Comparison, Report, Stopwatch, alternate_steps
+from fasttrain.benchmarks.timing import Comparison, Report, Stopwatch, alternate_steps, marked, quantity
 from fasttrain.models import Encoder
 from fasttrain.models.folding import fold_batchnorm
 
@@ -72,14 +74,20 @@ def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
     if (rival := torchattacks_apgd(reference, batch.images[0], targets, count)) is not None:
         attack(f"APGD-{count}, torchattacks", lambda _: rival())
 
-    timings = alternate_steps(contestants, rounds, place.steps, place.device, memory=True)
+    limit = ceilings(place.autocast or torch.float32, place.device)
+    work = flops(distance(reference), batch.images[0], contestants, count)
+    product = {PRODUCT: marked(limit.contestants[PRODUCT])}
+    timings = alternate_steps(contestants | product, rounds, place.steps, place.device, memory=True)
+    product_rate = limit.work[PRODUCT].flops / timings.pop(PRODUCT).seconds
     losses = {name: torch.cat([loss_only(distance(reference), x) for x in calls]) for name, calls in found.items()}
     first, _, *others = found
     comparisons = [no_lower(first, other, losses) for other in others]
     lines = [
-        f"{len(batch.labels)} images of {config.size} pixels, {config.model.arch}, width {config.model.width:g}\n",
-        "| what | in forwards F | least to greatest | by CPU time | ms, median | peak MiB | final loss |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"{len(batch.labels)} images of {config.size} pixels, {config.model.arch}, width {config.model.width:g}; "
+        f"a large matrix product of this run: {quantity(product_rate, 'FLOP/s')} in {place.precision}\n",
+        "| what | in forwards F | least to greatest | by CPU time | ms, median "
+        "| of the product's rate | peak MiB | final loss |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     forward = timings[UNIT].seconds
     for name, timing in timings.items():
@@ -88,15 +96,27 @@ def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
         memory = "" if timing.memory is None else f"{timing.memory / 2**20:,.0f}"
         lines.append(
             f"| {name} | {timing.seconds / forward:.2f} | {least:.2f} to {greatest:.2f} "
-            f"| {ratio(timing.cpu_over(timings[UNIT]))} | {1000 * timing.seconds:,.1f} | {memory} | {loss} |"
+            f"| {ratio(timing.cpu_over(timings[UNIT]))} | {1000 * timing.seconds:,.1f} "
+            f"| {work[name] / timing.seconds / product_rate:.0%} | {memory} | {loss} |"
         )
     lines += ["", *(f"- {comparison.sentence(timings)}" for comparison in comparisons)]
-    rows = [
-        timing.row() | ({"final_loss": losses[name].mean().item()} if name in losses else {})
-        for name, timing in timings.items()
-    ]
+    rows = [timing.row() | {"flops": work[name]} for name, timing in timings.items()]
+    for row in rows:
+        if row["name"] in losses:
+            row["final_loss"] = losses[row["name"]].mean().item()
     in_forwards = {name: timing.seconds / forward for name, timing in timings.items()}
     return Report("\n".join(lines), rows, in_forwards, "forwards F of the plain network")
+
+
+def flops(loss: PerImageLoss, images: Tensor, contestants: Iterable[str], count: int) -> dict[str, int]:
+    """What each contestant needs. An input gradient takes as many as a forward, an attack ``count`` of both and one."""
+    with FlopCounterMode(display=False) as counter:
+        loss_only(loss, images)
+    passes = {"APGD": 2 * count + 1, "forward and": 2, "forward": 1}
+    forward = counter.get_total_flops()
+    return {
+        name: forward * next(number for kind, number in passes.items() if name.startswith(kind)) for name in contestants
+    }
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -16,7 +15,7 @@ from fasttrain.benchmarks.cases.apgd import apgd_cases
 from fasttrain.benchmarks.cases.contrastive import nt_xent_cases, sup_con_cases
 from fasttrain.benchmarks.cases.layers import batchnorm_cases, convolution_cases
 from fasttrain.benchmarks.ceilings import COPY, PRODUCT, Ceilings, ceilings
-from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, Stopwatch, alternate_steps
+from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, alternate_steps, marked, quantity
 from fasttrain.config import Config
 
 Kernel = Literal["nt_xent", "sup_con", "batchnorm", "convolution", "apgd"]
@@ -116,16 +115,6 @@ def compare(case: Case, limits: Ceilings, rounds: int, device: torch.device) -> 
     return Report("\n".join(lines), rows, bars, "time over ours")
 
 
-def marked(run: Callable[[], object]) -> Callable[[Stopwatch], None]:
-    """A contestant of a single part."""
-
-    def step(stopwatch: Stopwatch) -> None:
-        run()
-        stopwatch.mark("all")
-
-    return step
-
-
 def agreement(case: Case) -> tuple[dict[str, Error], dict[str, str]]:
     """Each contestant's error, and why those that are not ours do not run, if so.
 
@@ -219,9 +208,3 @@ def sentences(case: Case, timings: Mapping[str, StepTiming], errors: Mapping[str
 
 def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
-
-
-def quantity(value: float, unit: str) -> str:
-    """With a prefix: 34.4 GFLOP."""
-    power = min(int(math.log10(value)) // 3, 5) if value >= 1 else 0
-    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"

@@ -28,8 +28,10 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}"
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)  # of the last core
+    name = facts.get("model name", platform.processor()).strip()
+    kind = "".join(f", {key}{facts[key]}" for key in ("cpu family", "model") if key in facts)  # names are often vague
+    return f"{len(os.sched_getaffinity(0))} cores of {name}{kind}"
 
 
 def versions() -> dict[str, str]:

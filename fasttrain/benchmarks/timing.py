@@ -92,6 +92,16 @@ class Stopwatch:
         return event
 
 
+def marked(run: Callable[[], object]) -> Callable[[Stopwatch], None]:
+    """A contestant of a single part."""
+
+    def step(stopwatch: Stopwatch) -> None:
+        run()
+        stopwatch.mark("all")
+
+    return step
+
+
 class StepTiming(NamedTuple):
     """Rounds of one step."""
 
@@ -226,3 +236,9 @@ def table(timings: list[Timing], unit: str) -> str:
         spread = f"{min(timing.rates):,.0f} to {max(timing.rates):,.0f}"
         lines.append(f"| {timing.name} | {timing.rate:,.0f} | {spread} | {statistics.median(timing.cpu):.3f} |")
     return "\n".join(lines)
+
+
+def quantity(value: float, unit: str) -> str:
+    """With a prefix: 34.4 GFLOP."""
+    power = min(int(math.log10(value)) // 3, 5) if value >= 1 else 0
+    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
