@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 
@@ -322,12 +323,11 @@ def test_peak_memory_counts_what_was_freed_and_what_is_not_torchs():
         del first
         return np.ones(2 * 2**20)  # 16 MiB
 
-    for _ in range(3):
-        work()
-        assert peak_memory(work, CPU) / 2**20 == pytest.approx(24, abs=2)
     small = lambda: [torch.ones(2**16) for _ in range(64)]  # noqa: E731  16 MiB, which the C library keeps when freed
-    small()
-    assert peak_memory(small, CPU) / 2**20 == pytest.approx(16, abs=2)
+    for run, mib in ((work, 24), (small, 16)):
+        run()
+        found = [peak_memory(run, CPU) / 2**20 for _ in range(5)]  # it is the whole process's: others' threads live on
+        assert statistics.median(found) == pytest.approx(mib, abs=2), found
 
 
 def test_short_contestants_run_until_a_round_is_filled():
