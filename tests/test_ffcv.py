@@ -183,13 +183,21 @@ def test_ffcv_itself_reads_the_file(written, source):
 
 def test_a_file_of_ffcvs_own_writer(installed, tmp_path, loaders):
     """No sidecar, no index, other field names: ids are positions, labels their own names."""
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
     images = [np.asarray(photograph(i, 20 + i, 40)) for i in range(6)]
     path = tmp_path / "theirs.beton"
-    writer = DatasetWriter(str(path), {"target": IntField(), "picture": RGBImageField("raw")}, num_workers=1)
-    writer.from_indexed_dataset([(i % 3, image) for i, image in enumerate(images)])
+    np.savez(tmp_path / "images.npz", *images)
+    # in a process of its own: it forks, after which numba's threads never end where there is but one core
+    program = f"""
+        import os
+        import numpy as np
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.writer import DatasetWriter
+        images = np.load({str(tmp_path / "images.npz")!r}).values()
+        writer = DatasetWriter({str(path)!r}, {{"target": IntField(), "picture": RGBImageField("raw")}}, num_workers=1)
+        writer.from_indexed_dataset([(i % 3, image) for i, image in enumerate(images)])
+        os._exit(0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
     catalog = catalog_of(path)
     assert catalog.indices.tolist() == list(range(6)) and catalog.classes == ["0", "1", "2"]
     assert catalog.labels.tolist() == [0, 1, 2, 0, 1, 2]
