@@ -31,7 +31,8 @@ def hardware() -> str:
     facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)  # of the last core
     name = facts.get("model name", platform.processor()).strip()
     kind = "".join(f", {key}{facts[key]}" for key in ("cpu family", "model") if key in facts)  # names are often vague
-    return f"{len(os.sched_getaffinity(0))} cores of {name}{kind}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} core{'s' * (cores > 1)} of {name}{kind}"
 
 
 def versions() -> dict[str, str]:
