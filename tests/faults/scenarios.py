@@ -414,17 +414,18 @@ def left_alone(folder: Path, minutes: float) -> Iterator[Row]:
         codes = run.wait()
     rates = [x["images_per_second"] for x in read_metrics(folder / "run" / "metrics.jsonl") if "images_per_second" in x]
     tenth = max(1, len(rates) // 10)
+    tenths = [statistics.median(rates[i : i + tenth]) for i in range(0, len(rates) - tenth + 1, tenth)]
     settled = resident[len(resident) // 10 :]  # caches are full
     growth = statistics.linear_regression(*zip(*settled, strict=True)).slope * (settled[-1][0] - settled[0][0])
     share = growth / settled[0][1]
-    drift = statistics.median(rates[-tenth:]) / statistics.median(rates[:tenth]) - 1
+    drift = tenths[-1] / tenths[0] - 1
     broken = [] if codes == [cli.EXIT_SAVED_ON_SIGNAL] else [f"ended with {codes}: {run.log()[-300:]}"]
     broken += [f"memory grew by {share:.1%}"] * (share > 0.02) + [f"throughput changed by {drift:.1%}"] * (
         drift < -0.02
     )
     figures = (
         f"{20 * len(rates):,} steps; resident {settled[0][1] / 2**20:,.0f} MiB, trend {growth / 2**20:+.1f} MiB; "
-        f"images/s of the last tenth {drift:+.1%} of the first"
+        f"images/s of the last tenth {drift:+.1%} of the first, all tenths {min(tenths):,.0f} to {max(tenths):,.0f}"
     )
     yield Row(f"{minutes:g} minutes of training, nothing done to it", 1, broken, figures)
 
