@@ -21,8 +21,12 @@ T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
 
 
-def initialize(device: Device = "auto", timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+def initialize(
+    device: Device = "auto", timeout: timedelta = timedelta(minutes=30), deterministic: bool = False
+) -> torch.device:
     """Join the process group through DeepSpeed and return this rank's device; seed nothing.
+
+    ``deterministic`` is :func:`choose_algorithms`'s, and matters on a GPU only.
 
     Under ``deepspeed`` or ``torchrun`` the launcher's environment says who we are; plain ``python`` is a world of one.
     The backend is NCCL on GPUs and gloo on CPUs.
@@ -43,6 +47,7 @@ def initialize(device: Device = "auto", timeout: timedelta = timedelta(minutes=3
         )
     if cuda:
         torch.cuda.set_device(local_rank())
+        choose_algorithms(deterministic)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(cores_per_rank())
@@ -56,6 +61,17 @@ def initialize(device: Device = "auto", timeout: timedelta = timedelta(minutes=3
     _join_restarted(backend, timeout)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """On a GPU: cuDNN's fastest for each shape, found by trying; or only what gives the same bits each time.
+
+    In the second case an operation that has no such algorithm runs all the same, and PyTorch warns with its name.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def _join_restarted(backend: str, timeout: timedelta) -> None:
@@ -169,6 +185,15 @@ def _from_bytes(data: bytes) -> Tensor:
 def _device() -> torch.device:
     """Where tensors must be for the default group's collectives."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on any rank; all ranks together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    count = torch.tensor(int(flag), device=_device())
+    dist.all_reduce(count)
+    return bool(count)
 
 
 def mean(values: dict[str, Tensor]) -> dict[str, float]:

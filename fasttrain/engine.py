@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ from fasttrain.errors import UsageError
 from fasttrain.nonfinite import Guard, step_if_finite
 from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
 from fasttrain.precision import Precision, autocast_dtype, decide
-from fasttrain.run import Run
+from fasttrain.run import Run, read_metrics
+from fasttrain.stop import Stopped, StopRequest
 
 OWNED = {
     "train_batch_size": "train.batch",
@@ -60,6 +60,8 @@ class TrainConfig(Config):
     "autocast of convolutions and products (fp16: with loss scaling; auto: bf16 where the hardware has it, else fp32)"
     device: distributed.Device = "auto"
     "auto: the GPU when there is one"
+    deterministic: bool = False
+    "on a GPU, only algorithms that give the same bits each time, which are slower; on a CPU all are such"
     zero_stage: int = 0
     "DeepSpeed ZeRO: 0, 1 (optimiser state sharded) or 2 (and gradients); 0 is the fastest with LARS"
     clip: float = Field(0.0, ge=0)
@@ -240,22 +242,6 @@ def plan(train: TrainConfig, optimizer: OptimizerConfig, order: Order) -> Plan:
     return Plan(steps, steps_per_epoch, learning_rate)
 
 
-class StopRequest:
-    """Within it, SIGTERM and SIGUSR1 are remembered until the next step boundary; once stopping, more are ignored."""
-
-    def __enter__(self) -> StopRequest:
-        self.received = False
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self.received else handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.received = True
-
-
 def fit(
     module: nn.Module,
     config: Any,
@@ -307,23 +293,57 @@ def fit(
     return finished
 
 
+def evaluate(run: Run, evaluations: Sequence[Callback], step: int) -> dict[str, float]:
+    """Make the evaluations of ``step`` and report them in one line."""
+    found: dict[str, float] = {}
+    for evaluation in evaluations:
+        found |= evaluation.function(step)
+    if found:
+        run.report(step, found)
+    return found
+
+
 def evaluate_untrained(run: Run, evaluations: Sequence[Callback]) -> None:
     """Report every evaluation before the first step.
 
     Raises:
         UsageError: none of them gives the metric that ``run.keep_best`` names.
     """
-    found: dict[str, float] = {}
-    for evaluation in evaluations:
-        values = evaluation.function(0)
-        run.report(0, values)
-        found |= values
+    found = evaluate(run, evaluations, 0)
     if run.config.keep_best is not None and run.config.best_metric not in found:
         raise UsageError(
             f"run.keep_best={run.config.keep_best}: no evaluation reports it; "
             + (f"they report {', '.join(found)}" if found else "there is none, see --help for how to set one"),
             everywhere=True,
         )
+
+
+def evaluate_saved(
+    run: Run, saver: checkpoint.Saver, evaluations: Sequence[Callback], step: int, found: dict[str, float] | None = None
+) -> bool:
+    """Evaluate at a step whose checkpoint is being written, and mark it with what was found.
+
+    Args:
+        found: what the evaluations gave, where an earlier life of the run made them.
+
+    Returns:
+        False when a signal cut them short; then nothing is reported, and the resumed run makes them.
+    """
+    try:
+        found = found or evaluate(run, evaluations, step)
+    except Stopped:
+        return False
+    saver.mark(step, found)
+    return True
+
+
+def reported(run: Run, step: int) -> dict[str, float] | None:
+    """What the run's metrics say that the evaluations of ``step`` gave; training reports have a learning rate."""
+    lines = distributed.on_rank_zero(lambda: read_metrics(run.dir / "metrics.jsonl")[-10:])
+    for line in lines:
+        if line.pop("step") == step and "lr" not in line:
+            return line
+    return None
 
 
 def train(
@@ -338,7 +358,9 @@ def train(
     evaluations: Sequence[Callback] = (),
     loss_scale: LossScale | None = None,
 ) -> bool:
-    """Take the steps from ``start`` on; True when the last was done, False when a signal ended it early (it is saved).
+    """Take the steps from ``start`` on; True when all is done, False when a signal ended it early (it is saved).
+
+    A checkpoint is made before each evaluation, so that a signal, or a kill, during a long one costs no step.
 
     Raises:
         UsageError: a loss or gradient is not finite, or a checkpoint cannot be written, and the policy is to stop; more
@@ -347,7 +369,15 @@ def train(
     meter = Meter(config.batch)
     batches = loader.iterate(start * config.accumulation)
     engine.train()
+
+    def due(done: int) -> list[Callback]:
+        return [evaluation for evaluation in evaluations if done % evaluation.every == 0 or done == plan.steps]
+
     with StopRequest() as stop:
+        if start and due(start):
+            with meter.paused():
+                if not evaluate_saved(run, saver, due(start), start, reported(run, start)):
+                    return False
         for step in range(start, plan.steps):
             done, last = step + 1, step + 1 == plan.steps
             for group in engine.optimizer.param_groups:
@@ -385,21 +415,18 @@ def train(
                 values |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 values |= {"bad_images": run.list_bad_images(loader.bad)} if loader.bad.agree() else {}
                 run.report(done, values | {"lr": plan.learning_rate(step)} | meter.read() | saver.timings())
-            metrics: dict[str, float] = {}
-            for evaluation in evaluations:
-                if done % evaluation.every == 0 or last:
-                    with meter.paused():
-                        values = evaluation.function(done)
-                    run.report(done, values)
-                    metrics |= values
             if verdict.save_failed:
-                saver.settle()
-            if done % run.config.save_every == 0 or last or verdict.stop or saver.is_best(metrics):
+                saver.stop_if_failed()
+            stopping, evaluating = verdict.stop, due(done)
+            if done % run.config.save_every == 0 or last or stopping or evaluating:
                 with meter.paused():
-                    saver.save(done, metrics)
-            if verdict.stop or last:
-                saver.finish(stopping=not last)
-                return last
+                    saver.save(done)
+            if evaluating and not stopping:  # else it is for the resumed run to do
+                with meter.paused():
+                    stopping = not evaluate_saved(run, saver, evaluating, done)
+            if stopping or last:
+                saver.finish()
+                return last and not (stopping and evaluating)
     return True
 
 

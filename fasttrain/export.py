@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fasttrain import checkpoint
 from fasttrain.config import resolve
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
+from fasttrain.run import replace_file
 
 WEIGHTS, CARD = "encoder.safetensors", "encoder.json"
 
@@ -25,6 +26,9 @@ def export(encoder: Encoder, folder: Path, **facts: Any) -> Path:
 
     With ``model.fc = torch.nn.Identity()`` (and, of a CIFAR stem, ``conv1`` and ``maxpool`` replaced) the weights load
     strictly into torchvision's ResNet. ``facts`` go into the card as they are.
+
+    Raises:
+        UsageError: the folder cannot be written.
     """
     weights = {
         name: tensor.detach().cpu().contiguous()
@@ -32,8 +36,13 @@ def export(encoder: Encoder, folder: Path, **facts: Any) -> Path:
         if not name.startswith("fc.")
     }
     card = {"model": encoder.config.model_dump(mode="json"), "features": encoder.backbone.num_features, **facts}
-    save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    try:
+        replace_file(folder / CARD, json.dumps(card, indent=1) + "\n")
+        replace_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    except OSError as error:
+        raise UsageError(
+            f"the encoder cannot be written to {folder} ({error}): free space and run the same command again"
+        ) from None
     return folder / WEIGHTS
 
 

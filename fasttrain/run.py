@@ -47,7 +47,7 @@ class RunConfig(Config):
     log_every: int = Field(10, ge=1)
     "steps between two reports"
     save_every: int = Field(500, ge=1)
-    "steps between two checkpoints"
+    "steps between two checkpoints; before each evaluation there is one too"
     keep: int = Field(3, ge=1)
     "how many of the newest checkpoints stay"
     keep_every: int = Field(0, ge=0)
@@ -55,7 +55,7 @@ class RunConfig(Config):
     keep_best: str | None = Field(None, pattern=r"^(max|min):.+$")
     "max:<metric> or min:<metric> of an evaluation: the best checkpoint is made and stays, max:knn_top1 say"
     on_save_error: Literal["stop", "continue"] = "stop"
-    "when a checkpoint cannot be written: stop, or go on and try again at the next"
+    "when a checkpoint cannot be written: stop, or go on and try again at the next, unless it was the last"
     heartbeat_timeout: float = Field(45.0, ge=0)
     "seconds without a sign of life of a rank after which the others end with code 76 and name it; 0: never"
     hang_timeout: float | None = Field(None, gt=0)
@@ -148,8 +148,8 @@ class Run:
     def _open_reports(self, config: Config, start: int) -> None:
         path = self.dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-        _replace(self.dir / "config.yaml", to_yaml(config))
-        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_file(self.dir / "config.yaml", to_yaml(config))
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = path.open("a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter
 
@@ -194,7 +194,7 @@ class Run:
         """Write what all ranks agree on to ``bad_images.txt``, and return how many there are."""
         if distributed.rank() == 0 and len(bad.found) != self._bad_images:
             try:
-                _replace(self.dir / "bad_images.txt", "".join(f"{complaint}\n" for complaint in bad.found.values()))
+                replace_file(self.dir / "bad_images.txt", "".join(f"{complaint}\n" for complaint in bad.found.values()))
                 self._bad_images = len(bad.found)
             except OSError as error:
                 self._unwritten("the list of bad images", error)
@@ -237,10 +237,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, where a kill on the way leaves what was there."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``, where a kill on the way leaves what was there."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from fasttrain import cli
+from fasttrain import cli, distributed
 from fasttrain.benchmarks.attack import AttackBenchConfig, compare_attacks
 from fasttrain.benchmarks.kernels import KernelBenchConfig, compare_kernels
 from fasttrain.benchmarks.loader import LoaderBenchConfig, compare_loaders
@@ -91,6 +91,7 @@ TASKS = {
 
 
 def bench(config: BenchConfig) -> None:
+    distributed.choose_algorithms(deterministic=False)
     if config.heap == "kept":
         keep_heap()
     parts = {name: getattr(config, name) for name in TASKS} if config.task == "all" else {config.task: config}

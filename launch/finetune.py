@@ -107,7 +107,7 @@ class FinetuneConfig(Config):
 
 
 def finetune(config: FinetuneConfig) -> int:
-    device = distributed.initialize(config.train.device)
+    device = distributed.initialize(config.train.device, deterministic=config.train.deterministic)
     encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
     config = config.model_copy(update={"train": config.train.on(device), "model": encoder.config})
     torch.manual_seed(config.run.seed)

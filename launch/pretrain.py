@@ -51,7 +51,7 @@ class PretrainConfig(Config):
 
 
 def pretrain(config: PretrainConfig) -> int:
-    device = distributed.initialize(config.train.device)
+    device = distributed.initialize(config.train.device, deterministic=config.train.deterministic)
     config = config.model_copy(update={"train": config.train.on(device)})
     torch.manual_seed(config.run.seed)
     with Run(config.run) as run:

@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "precision"},
     {"config"},
     {"distributed"},
-    {"data", "models", "run", "watchdog"},
+    {"data", "models", "run", "stop", "watchdog"},
     {"objectives", "attacks", "optim"},
     {"views"},
     {"step"},

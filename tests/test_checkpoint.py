@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import random
+import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +28,8 @@ def taken() -> Snapshot:
     return Snapshot(TENSORS, TENSORS, {"step": 1.0}, {"00000/random.cpu": torch.get_rng_state()}, None)
 
 
-def write(folder: Path, step: int, **metrics: float) -> Path:
-    return files.write(folder, step, saver._contents(step, taken(), {"metrics": metrics}))
+def write(folder: Path, step: int) -> Path:
+    return files.write(folder, step, saver._contents(step, taken(), {}))
 
 
 @pytest.fixture
@@ -154,10 +155,12 @@ def kept(folder: Path) -> list[int]:
 def test_retention_keeps_the_last_every_nth_and_the_best(tmp_path):
     config = RunConfig(keep=2, save_every=10, keep_every=30, keep_best="max:top1")
     for step in range(10, 110, 10):
-        path = write(tmp_path, step, top1=0.9 if step == 50 else step / 1000)
-        retention.prune(tmp_path, path, config)
+        retention.prune(tmp_path, write(tmp_path, step), config)
+        if step % 20 == 10:  # the others were not evaluated
+            retention.mark(tmp_path, step, {"top1": {50: 0.9, 70: float("nan")}.get(step, step / 1000)}, config)
     assert kept(tmp_path) == [30, 50, 60, 90, 100]
     assert retention.best_of(tmp_path, RunConfig(keep_best="min:top1"))[1].name == "step-00000030"
+    assert not list(tmp_path.glob("*/.*")) and checkpoint.verify(tmp_path / "step-00000050") is None
 
 
 def test_retention_counts_from_the_newest_whole_one_and_keeps_it(tmp_path):
@@ -186,15 +189,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(watched, monkeypatch):
     saving, run = watched
     allowed, write_file = threading.Event(), files._write
     monkeypatch.setattr(files, "_write", lambda *given: allowed.wait(10) and write_file(*given))
-    saving.save(15, {})
+    saving.save(15)
     assert not (run.checkpoints / "step-00000015").exists()
-    second = threading.Thread(target=saving.save, args=(20, {}))
+    second = threading.Thread(target=saving.save, args=(20,))
     second.start()
     second.join(0.2)
     assert second.is_alive()  # one at a time
     allowed.set()
     second.join(10)
-    saving.finish(stopping=False)
+    saving.finish()
     assert kept(run.checkpoints) == [10, 15, 20] and not saving.failed
     assert saving.timings().keys() == {"save_stall_seconds", "save_seconds"}
 
@@ -203,33 +206,38 @@ def test_training_goes_on_while_a_checkpoint_is_written(watched, monkeypatch):
 def test_a_save_that_fails_stops_the_run_or_not_as_told(watched, monkeypatch, policy):
     saving, run = watched
     run.config = RunConfig(on_save_error=policy)
+    write = files._write
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "_write", full)
-    saving.save(15, {})
+    saving.save(15)
     saving._join()
-    assert saving.failed
+    assert saving.failed == (policy == "stop")
     message = r"checkpoint of step 15 cannot be written .*No space left on device"
-    if policy == "stop":
-        with pytest.raises(UsageError, match=message):
-            saving.settle()
-    else:
-        saving.settle()
-        assert len(run.lines) == 1 and run.lines[0].startswith("WARNING: the checkpoint of step 15")
-        saving.save(20, {})
-        with pytest.raises(UsageError, match="step 20"):  # to say "saved" when told to stop would be a lie
-            saving.finish(stopping=True)
-    assert not saving.failed and kept(run.checkpoints) == [5, 10]
+    assert len(run.lines) == 1 and re.match(f"WARNING: the {message}", run.lines[0])
+    with pytest.raises(UsageError, match=message):  # it was the last, or the run is to stop
+        saving.finish()
+    assert kept(run.checkpoints) == [5, 10]
+    monkeypatch.setattr(files, "_write", write)
+    saving.save(20)
+    saving.finish()
+    assert not saving.failed and kept(run.checkpoints) == [5, 10, 20]
 
 
-def test_the_best_is_recognised_among_those_on_disk(watched):
+def test_what_evaluations_found_is_written_beside_the_checkpoint_that_is_still_on_its_way(watched, monkeypatch):
     saving, run = watched
-    run.config = RunConfig(keep_best="max:top1")
-    assert saving.is_best({"top1": 0.1}) and not saving.is_best({"other": 1.0})
-    saving.save(15, {"top1": 0.5})
-    assert not saving.is_best({"top1": 0.5}) and saving.is_best({"top1": 0.6})
+    run.config = RunConfig(keep=1, keep_best="max:top1")
+    saving.save(15)
+    saving.mark(15, {"top1": 0.5})
+    saving.save(20)
+    saving.mark(20, {"top1": 0.4})
+    saving.mark(25, {"top1": 0.9})  # could not be written, which was said
+    assert kept(run.checkpoints) == [15, 20] and not run.lines
+    (run.checkpoints / "step-00000020" / f".{retention.METRICS}.partial").mkdir()
+    saving.mark(20, {"top1": 0.6})
+    assert kept(run.checkpoints) == [15, 20] and "metrics of the checkpoint of step 20" in run.lines[0]
 
 
 UNPICKLERS = {

@@ -24,8 +24,9 @@ from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.objectives import build_one_sided, cross_entropy
 from fasttrain.objectives.terms import PenaltyConfig, TermConfig, build_objective
 from fasttrain.optim import OptimizerConfig, build_optimizer
-from fasttrain.run import Run, RunConfig
+from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
+from fasttrain.stop import until_stopped
 from fasttrain.views import adversarial
 from tests.ranks import run_ranks
 from tests.test_engine import largest_difference
@@ -90,7 +91,9 @@ def step_of(term: Term, **model: Any) -> TrainStep:
     return TrainStep(encoder, [term(encoder) if callable(term) else term])
 
 
-def fit(config: Settings, term: Any, progress=lambda run, step, engine: None) -> tuple[bool, Images, dict]:
+def fit(
+    config: Settings, term: Any, progress=lambda run, step, engine: None, evaluation: engine.Callback | None = None
+) -> tuple[bool, Images, dict]:
     """Train as a script does; ``progress`` is called after each step. Gives (finished, images, state)."""
     device = distributed.initialize("cpu")
     module, images = step_of(term), Images(config.train.accumulation)
@@ -103,7 +106,8 @@ def fit(config: Settings, term: Any, progress=lambda run, step, engine: None) ->
             progress(run, step, module)
 
         run.progress = stepped
-        finished = engine.fit(module, config, plan, images, "data", run, device)
+        evaluations = [evaluation] if evaluation else []
+        finished = engine.fit(module, config, plan, images, "data", run, device, evaluations)
     return finished, images, {k: v.clone() for k, v in module.state_dict().items()}
 
 
@@ -218,6 +222,52 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
     results = run_ranks(2, stopped, str(tmp_path), signal.SIGUSR1, timeout=400)
     assert results == [(False, results[0][1])] * 2
     assert checkpointed(tmp_path, results[0][1])
+
+
+class Evaluation:
+    """Three batches long; the last rank is told to stop at the second of the evaluation after step ``at``."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+
+    def __call__(self, step: int) -> dict[str, float]:
+        for batch in until_stopped(range(3)):
+            if (step, batch, distributed.rank() + 1) == (self.at, 1, distributed.world_size()):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {"top1": 1 / (1 + abs(step - 2))}  # the best is step 2
+
+
+def evaluated(folder: str, *told_at: int | None) -> list[tuple[bool, int]]:
+    """Train in as many lives; of each, whether it finished and how many steps it took."""
+    lives = []
+    for at in told_at:
+        config = settings(folder, keep=1, keep_best="max:top1")
+        finished, images, _ = fit(config, PLAIN, evaluation=engine.Callback(2, Evaluation(at)))
+        lives.append((finished, len(images.seen)))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return lives
+
+
+def test_a_signal_during_an_evaluation_costs_no_step_and_no_evaluation(tmp_path):
+    """The checkpoint is there before; all ranks leave at the same batch; the next life makes the evaluation."""
+    assert run_ranks(2, evaluated, str(tmp_path / "whole"), None) == [[(True, STEPS)]] * 2
+    lives = run_ranks(2, evaluated, str(tmp_path / "parts"), 2, 2, STEPS, None)
+    assert lives == [[(False, 2), (False, 0), (False, STEPS - 2), (True, 0)]] * 2
+    for name in ("whole", "parts"):
+        lines = [x for x in read_metrics(tmp_path / name / "metrics.jsonl") if "top1" in x]
+        assert [x["step"] for x in lines] == [0, 2, 4, STEPS]
+        kept = sorted(path.name for path in (tmp_path / name / "checkpoints").glob("step-*"))
+        assert kept == ["step-00000002", f"step-{STEPS:08d}"]  # the best, which knows that it is, and the last
+    assert checkpointed(tmp_path / "parts") == checkpointed(tmp_path / "whole")
+
+
+def test_an_evaluation_that_was_reported_is_not_made_again_and_still_marks_the_best(tmp_path, handlers):
+    """A kill can come after the report and before it is noted beside the checkpoint."""
+    assert evaluated(str(tmp_path), 2) == [(False, 2)]
+    with (tmp_path / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 2, "top1": 0.75}\n')
+    assert evaluated(str(tmp_path), None) == [(True, STEPS - 2)]
+    assert json.loads((tmp_path / "checkpoints/step-00000002/metrics.json").read_text()) == {"top1": 0.75}
 
 
 LEGS = (2, 4, 6, 8)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fasttrain import cli
@@ -139,6 +140,28 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(images, undistu
     assert [[line.get(c) for c in columns] for line in metrics(folder)] == [
         [line.get(c) for c in columns] for line in metrics(undisturbed)
     ]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.faults),  # as other tests here do
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
+def test_with_deterministic_algorithms_a_run_gone_on_with_ends_bit_for_bit_the_same(images, tmp_path, device):
+    given = [f"data.root={images}", f"train.device={device}", "train.deterministic=true", "run.save_every=3"]
+    sealed = []
+    for name in ("whole", "parts"):
+        done = run("python", *given, f"run.dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        sealed.append((tmp_path / name / "checkpoints/step-00000006/manifest.json").read_text())
+        assert ("going on from" in done.stderr) == (name == "parts")
+        if name == "whole":
+            shutil.copytree(tmp_path / name, tmp_path / "parts")
+            shutil.rmtree(tmp_path / "parts/checkpoints/step-00000006")
+    sealed = [{file: seal["sha256"] for file, seal in json.loads(x).items() if file != "state.json"} for x in sealed]
+    assert sealed[0] == sealed[1]
 
 
 def copy_of(run_folder: Path, tmp_path: Path) -> Path:

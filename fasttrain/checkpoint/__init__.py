@@ -15,11 +15,12 @@ A checkpoint is a directory that either is whole or is not there::
     checkpoints/
       latest                          the name of the newest checkpoint, for people
       step-00000500/
-        manifest.json                 size and SHA-256 of every other file
-        state.json                    step, world size, configuration, data fingerprint, loss scale, metrics, versions
+        manifest.json                 size and SHA-256 of each of the next four
+        state.json                    step, world size, configuration, data fingerprint, loss scale, versions
         model.safetensors             every weight and buffer, whole, under its name in the module
         optimizer.safetensors         every optimiser state, whole: "<state>/<parameter>"
         ranks.safetensors             each rank's random state and own buffers: "<rank>/<name>"
+        metrics.json                  what evaluations found there, if any; later than the rest, and not sealed
 
 Weights and optimiser states are stored whole and by name, so any world size and ZeRO stage can read them. Nothing is
 pickled, so reading one cannot run code. Rank 0 alone touches the disk: no other host needs to see the folder, and no

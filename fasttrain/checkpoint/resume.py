@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "data.cache",
     "data.download",
     "train.device",
+    "train.deterministic",
     "train.zero_stage",
     "train.deepspeed",
     "train.on_non_finite",

@@ -7,7 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fasttrain.checkpoint import files
-from fasttrain.run import RunConfig
+from fasttrain.run import RunConfig, replace_file
+
+METRICS = "metrics.json"
+"What evaluations found at a checkpoint's step, beside its files: it comes later than they do."
 
 
 def prune(folder: Path, newest: Path, config: RunConfig) -> None:
@@ -27,6 +30,18 @@ def prune(folder: Path, newest: Path, config: RunConfig) -> None:
                 files.remove(path)
 
 
+def mark(folder: Path, step: int, metrics: dict[str, float], config: RunConfig) -> None:
+    """Write ``metrics`` beside the checkpoint of ``step``, if there is one, and remove what is now not the best.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = folder / f"step-{step:08d}"
+    if path.is_dir():
+        replace_file(path / METRICS, json.dumps(metrics))
+        prune(folder, path, config)
+
+
 def best_of(folder: Path, config: RunConfig) -> tuple[float, Path] | None:
     """The best value of the metric ``keep_best`` among the checkpoints that have one, and the oldest that has it."""
     if config.keep_best is None:
@@ -34,9 +49,9 @@ def best_of(folder: Path, config: RunConfig) -> tuple[float, Path] | None:
     scores = []
     for path in reversed(files.steps(folder)):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            scores.append((float(json.loads((path / files.STATE).read_text())["metrics"][config.best_metric]), path))
+            scores.append((float(json.loads((path / METRICS).read_text())[config.best_metric]), path))
     chosen = max if config.best_is_highest else min
-    return chosen(scores, key=lambda score: score[0], default=None)
+    return chosen((score for score in scores if score[0] == score[0]), key=lambda score: score[0], default=None)
 
 
 def _step(path: Path) -> int:

@@ -24,8 +24,8 @@ class Saver:
     """Writes a run's checkpoints, one at a time, in rank 0's background.
 
     What all ranks do together is the copy to rank 0's host; the rest is one thread's work and uses no collective, so a
-    write can neither race with training's collectives nor leave a rank in one. What goes wrong in it is :attr:`failed`
-    on rank 0, which the ranks agree on at the next step boundary and then :meth:`settle`.
+    write can neither race with training's collectives nor leave a rank in one. What goes wrong in it is said at once;
+    where the run is to stop for it, it is :attr:`failed` on rank 0, which the ranks agree on at the next step boundary.
 
     Args:
         facts: further JSON values of a checkpoint at the moment of :meth:`save`, among them ``config``.
@@ -41,67 +41,53 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """On rank 0, whether a checkpoint could not be written since the last :meth:`settle`."""
-        return self._failure is not None
+        """On rank 0, whether the last checkpoint could not be written and ``run.on_save_error`` says to stop then."""
+        return self._failure is not None and self._run.config.on_save_error == "stop"
 
-    def save(self, step: int, metrics: dict[str, float]) -> None:
-        """Copy the state of ``step`` and begin to write it; all ranks together. Waits for the previous one's end.
-
-        Args:
-            metrics: what evaluations found at this step; ``run.keep_best`` chooses by it.
-        """
+    def save(self, step: int) -> None:
+        """Copy the state of ``step`` and begin to write it; all ranks together. Waits for the previous one's end."""
         began = time.perf_counter()
         self._join()
         taken = snapshot(self._engine)
         if taken is not None:
             self._writer = threading.Thread(
-                target=self._write, args=(step, taken, {**self._facts(), "metrics": metrics}), name="fasttrain-saver"
+                target=self._write, args=(step, taken, self._facts()), name="fasttrain-saver"
             )
             self._writer.start()
         self._timings["save_stall_seconds"] = time.perf_counter() - began
 
-    def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether ``metrics`` are better than those of any checkpoint so far, by ``run.keep_best``; on all ranks."""
-        name = self._run.config.best_metric
-        if name not in metrics:
-            return False
+    def mark(self, step: int, metrics: dict[str, float]) -> None:
+        """Note beside the checkpoint of ``step`` what evaluations found there; ``run.keep_best`` chooses by it."""
+        if distributed.rank() != 0:
+            return
+        self._join()
+        try:
+            retention.mark(self._run.checkpoints, step, metrics, self._run.config)
+        except OSError as error:
+            self._run.say(f"WARNING: the metrics of the checkpoint of step {step} cannot be written ({error})")
 
-        def better() -> bool:
-            self._join()
-            best = retention.best_of(self._run.checkpoints, self._run.config)
-            value = float(metrics[name])
-            return best is None or (value > best[0] if self._run.config.best_is_highest else value < best[0])
-
-        return distributed.on_rank_zero(better)
-
-    def settle(self, unless: str = "continue") -> None:
-        """After :attr:`failed` on rank 0, on all ranks: go on with a warning, or stop.
-
-        Args:
-            unless: the value of ``run.on_save_error`` with which the run goes on; "" where it cannot.
+    def stop_if_failed(self) -> None:
+        """On all ranks together, where the last checkpoint could not be written.
 
         Raises:
-            UsageError: the checkpoint that could not be written, and why.
+            UsageError: which, and why.
         """
-        message = distributed.on_rank_zero(self._take_failure)
-        if message is None:
-            return
-        if self._run.config.on_save_error != unless:
+        message = distributed.on_rank_zero(lambda: self._failure)
+        if message is not None:
             raise UsageError(
                 f"{message}: free space or mend the folder and run the same command again; the previous checkpoint "
                 "is untouched",
                 everywhere=True,
             )
-        self._run.say(f"WARNING: {message}; the run goes on, the previous checkpoint is untouched")
 
-    def finish(self, stopping: bool) -> None:
+    def finish(self) -> None:
         """Wait until the last checkpoint is on the disk; all ranks together.
 
         Raises:
-            UsageError: it is not, and the run is ``stopping`` before its end or ``run.on_save_error=stop``.
+            UsageError: it cannot be written, whatever ``run.on_save_error`` says: there is no next one to try.
         """
         self._join()
-        self.settle(unless="" if stopping else "continue")
+        self.stop_if_failed()
 
     def timings(self) -> dict[str, float]:
         """Since last asked: ``save_stall_seconds`` that training waited, ``save_seconds`` until on the disk."""
@@ -113,10 +99,6 @@ class Saver:
             self._writer.join()
             self._writer = None
 
-    def _take_failure(self) -> str | None:
-        failure, self._failure = self._failure, None
-        return failure
-
     def _write(self, step: int, taken: Snapshot, facts: dict[str, Any]) -> None:
         began, folder = time.perf_counter(), self._run.checkpoints
         try:
@@ -124,8 +106,10 @@ class Saver:
             if damage := files.verify(path):
                 raise OSError(f"it reads back damaged: {damage}")
             retention.prune(folder, path, self._run.config)
+            self._failure = None
         except Exception as error:  # whatever it is, training must hear of it
             self._failure = f"the checkpoint of step {step} cannot be written to {folder} ({error})"
+            self._run.say(f"WARNING: {self._failure}; the previous checkpoint is untouched")
         self._timings["save_seconds"] = time.perf_counter() - began
 
 

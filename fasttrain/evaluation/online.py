@@ -19,6 +19,7 @@ from fasttrain.data.order import Order
 from fasttrain.evaluation.features import Features, extract
 from fasttrain.evaluation.knn import KNNConfig, knn
 from fasttrain.models import Encoder
+from fasttrain.stop import until_stopped
 
 
 class EvaluateConfig(Config):
@@ -87,12 +88,15 @@ def evaluation_batches(
     loader: LoaderConfig,
     device: torch.device,
 ) -> Iterator[Iterator[Batch]]:
-    """This rank's share of ``indices``, in order, ``batch`` images at a time, seen through the evaluation crop."""
+    """This rank's share of ``indices``, in order, ``batch`` images at a time, seen through the evaluation crop.
+
+    Ranks have equally many batches, the last of which may be empty; a signal ends them early (:class:`Stopped`).
+    """
     rank, world = distributed.rank(), distributed.world_size()
     order = Order(indices, seed=0, batch=batch * world, shuffle=False, drop_last=False)
     reader = make_loader(loader, catalog, order, CentreCrop(augment), device, rank, world)
     try:
-        yield reader.iterate()
+        yield until_stopped(reader.iterate())
     finally:
         reader.close()
 

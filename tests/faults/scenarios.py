@@ -192,6 +192,38 @@ def told_to_stop(folder: Path, count: int, draw: random.Random) -> Iterator[Row]
         shutil.rmtree(here)
     yield Row("SIGTERM during a save, then SIGKILL", count, broken, "nothing broken, final weights bit-identical")
 
+    def evaluated(here: Path) -> Job:
+        """Before the first step and after the last, and long."""
+        return job(here, "evaluate.every_epochs=1000", "evaluate.bank=400", "evaluate.batch=2", world=2)
+
+    def outcome(here: Path) -> tuple[dict[str, str], list[dict]]:
+        return digests(here), [x for x in read_metrics(here / "run" / "metrics.jsonl") if "knn_top1" in x]
+
+    with evaluated(folder / "evaluated") as run:
+        run.wait()
+    expected, broken, cut_short = outcome(folder / "evaluated"), [], 0
+    for attempt in range(count):
+        here = folder / f"evaluation-{attempt}"
+        with evaluated(here) as run:
+            until((here / "run" / "checkpoints" / f"step-{STEPS:08d}").exists, 60)
+            time.sleep(draw.uniform(0, 0.5))
+            run.signal(signal.SIGTERM, draw.randrange(2))
+            codes = run.wait(60)
+        cut_short += codes == [cli.EXIT_SAVED_ON_SIGNAL] * 2
+        if len(set(codes)) > 1 or codes[0] not in (0, cli.EXIT_SAVED_ON_SIGNAL):
+            broken.append(f"told to stop while evaluating: ended with {codes}: {run.log()[-300:]}")
+        with evaluated(here) as run:
+            codes = run.wait(60)
+        if codes != [0, 0] or outcome(here) != expected:
+            broken.append(f"gone on with, ended with {codes} and {outcome(here)}: {run.log()[-300:]}")
+        shutil.rmtree(here)
+    yield Row(
+        "SIGTERM to a random rank of two during an evaluation",
+        count,
+        broken,
+        f"cut short on both {cut_short} times; gone on with, same weights and same kNN accuracy, reported once",
+    )
+
 
 def corrupted(folder: Path, flips: int, cuts: int, draw: random.Random) -> Iterator[Row]:
     """The newest checkpoint's files cut, flipped, emptied, removed: the one before it must be taken."""
@@ -260,19 +292,29 @@ def malicious(folder: Path) -> Iterator[Row]:
 
 
 def failing_disk(folder: Path, share: float, draw: random.Random) -> Iterator[Row]:
-    """Each file operation of the second save, and all after it, fail; and a disk that is really full."""
+    """Each file operation of the second save, and those after it, fail, for good or for a while; and a full disk."""
     first, last = operations_of_a_save(folder / "count")
     operations = sorted(draw.sample(range(first, last + 1), max(1, round(share * (last + 1 - first)))))
-    broken, tried = [], 0
-    for policy, code in (("stop", cli.EXIT_MISTAKE), ("continue", 0)):
+    truth, broken, tried = undisturbed(folder / "truth"), [], 0
+    for policy, until_operation, code in (
+        ("stop", None, cli.EXIT_MISTAKE),
+        ("continue", None, cli.EXIT_MISTAKE),  # after the last step
+        ("continue", last, 0),
+    ):
         for operation in operations:
             for name in ERRORS:
-                here = folder / f"{policy}-{operation}-{name}"
-                with job(here, f"run.on_save_error={policy}", fault=Fault(operation, name)) as run:
+                here = folder / f"{policy}-{until_operation}-{operation}-{name}"
+                fault = Fault(operation, name, last=until_operation)
+                with job(here, f"run.on_save_error={policy}", fault=fault) as run:
                     (ended,) = run.wait(60)
                 broken += whole(here)
-                if (ended != code) or os.strerror(getattr(errno, name)) not in run.log():
-                    broken.append(f"{name} at operation {operation}, {policy}: ended with {ended}: {run.log()[-300:]}")
+                if (
+                    ended != code
+                    or os.strerror(getattr(errno, name)) not in run.log()
+                    or (policy == "continue" and len(seen(here)) != STEPS)
+                    or (ended == 0 and digests(here) != truth.digests)
+                ):
+                    broken.append(f"{fault}, {policy}: ended with {ended}: {run.log()[-300:]}")
                 tried += 1
                 shutil.rmtree(here)
     yield Row(f"{', '.join(ERRORS)} at each operation of a save", tried, broken, "previous checkpoint whole, no hang")
