@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 # What a rank needs is imported before it is forked, so that one starts in a fraction of a second.
 import deepspeed  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
 import torch
+import torch._dynamo  # which torch.optim imports at the first optimizer
+import torch.utils.tensorboard
 
 from fasttrain import cli, step
 from fasttrain.data import dali
