@@ -292,19 +292,19 @@ def malicious(folder: Path) -> Iterator[Row]:
 
 
 def failing_disk(folder: Path, share: float, draw: random.Random) -> Iterator[Row]:
-    """Each file operation of the second save, and those after it, fail, for good or for a while; and a full disk."""
+    """Each file operation of the second save fails, alone or with all after it; and a disk that is really full."""
     first, last = operations_of_a_save(folder / "count")
     operations = sorted(draw.sample(range(first, last + 1), max(1, round(share * (last + 1 - first)))))
     truth, broken, tried = undisturbed(folder / "truth"), [], 0
-    for policy, until_operation, code in (
-        ("stop", None, cli.EXIT_MISTAKE),
-        ("continue", None, cli.EXIT_MISTAKE),  # after the last step
-        ("continue", last, 0),
+    for policy, once, code in (
+        ("stop", False, cli.EXIT_MISTAKE),
+        ("continue", False, cli.EXIT_MISTAKE),  # after the last step
+        ("continue", True, 0),
     ):
         for operation in operations:
             for name in ERRORS:
-                here = folder / f"{policy}-{until_operation}-{operation}-{name}"
-                fault = Fault(operation, name, last=until_operation)
+                here = folder / f"{policy}-{once}-{operation}-{name}"
+                fault = Fault(operation, name, once=once)
                 with job(here, f"run.on_save_error={policy}", fault=fault) as run:
                     (ended,) = run.wait(60)
                 broken += whole(here)

@@ -44,10 +44,10 @@ class Fault(NamedTuple):
     """What happens at the ``operation``-th file operation (opening, renaming …) on the checkpoints' folder."""
 
     operation: int
-    what: str  # "SIGKILL", "SIGTERM then SIGKILL", or an errno's name: the operation and those after it fail with it
+    what: str  # "SIGKILL", "SIGTERM then SIGKILL", or an errno's name: the operation and all after it fail with it
     delay: float = 0.0  # seconds from the operation to the kill
     rank: int = 0
-    last: int | None = None  # operation that fails; None: there is no end to it
+    once: bool = False  # the operation alone fails
 
 
 class Poison(NamedTuple):
@@ -194,7 +194,7 @@ class Sabotage:
         if "SIG" in self.fault.what:
             if count == self.fault.operation:
                 threading.Thread(target=self._strike, daemon=True).start() if self.fault.delay else self._strike()
-        elif count >= self.fault.operation and (self.fault.last is None or count <= self.fault.last):
+        elif count == self.fault.operation or (count > self.fault.operation and not self.fault.once):
             number = getattr(errno, self.fault.what)
             raise OSError(number, os.strerror(number), str(arguments[0]))
 
