@@ -68,13 +68,13 @@ class Undisturbed(NamedTuple):
     digests: dict[str, str]
 
 
-def undisturbed(folder: Path, *more: str) -> Undisturbed:
+def undisturbed(folder: Path, *more: str, world: int = 1) -> Undisturbed:
     """One run from its start to its end."""
     began = time.monotonic()
-    with job(folder, *more) as run:
-        (code,) = run.wait()
-    if code != 0:
-        raise RuntimeError(f"the undisturbed run ended with {code}:\n{run.log()}")
+    with job(folder, *more, world=world) as run:
+        codes = run.wait()
+    if any(codes):
+        raise RuntimeError(f"the undisturbed run ended with {codes}:\n{run.log()}")
     return Undisturbed(time.monotonic() - began, dict(seen(folder)), digests(folder))
 
 
@@ -193,19 +193,16 @@ def told_to_stop(folder: Path, count: int, draw: random.Random) -> Iterator[Row]
         shutil.rmtree(here)
     yield Row("SIGTERM during a save, then SIGKILL", count, broken, "nothing broken, final weights bit-identical")
 
-    def evaluated(here: Path) -> Job:
-        """Before the first step and after the last, and long."""
-        return job(here, "evaluate.every_epochs=1000", "evaluate.bank=400", "evaluate.batch=2", world=2)
+    evaluated = ("evaluate.every_epochs=1000", "evaluate.bank=400", "evaluate.batch=4")  # before and after all steps
 
     def outcome(here: Path) -> tuple[dict[str, str], list[dict]]:
         return digests(here), [x for x in read_metrics(here / "run" / "metrics.jsonl") if "knn_top1" in x]
 
-    with evaluated(folder / "evaluated") as run:
-        run.wait()
+    undisturbed(folder / "evaluated", *evaluated, world=2)
     expected, broken, cut_short = outcome(folder / "evaluated"), [], 0
     for attempt in range(count):
         here = folder / f"evaluation-{attempt}"
-        with evaluated(here) as run:
+        with job(here, *evaluated, world=2) as run:
             until((here / "run" / "checkpoints" / f"step-{STEPS:08d}").exists, 60)
             time.sleep(draw.uniform(0, 0.5))
             run.signal(signal.SIGTERM, draw.randrange(2))
@@ -213,7 +210,7 @@ def told_to_stop(folder: Path, count: int, draw: random.Random) -> Iterator[Row]
         cut_short += codes == [cli.EXIT_SAVED_ON_SIGNAL] * 2
         if len(set(codes)) > 1 or codes[0] not in (0, cli.EXIT_SAVED_ON_SIGNAL):
             broken.append(f"told to stop while evaluating: ended with {codes}: {run.log()[-300:]}")
-        with evaluated(here) as run:
+        with job(here, *evaluated, world=2) as run:
             codes = run.wait(60)
         if codes != [0, 0] or outcome(here) != expected:
             broken.append(f"gone on with, ended with {codes} and {outcome(here)}: {run.log()[-300:]}")
