@@ -27,6 +27,7 @@ FULL: dict[str, Callable[[Path, float, random.Random], Iterator[Row]]] = {
     "killed_at_random": lambda f, share, draw: scenarios.killed_at_random(f, count(100, share), draw),
     "killed_while_saving": lambda f, share, draw: scenarios.killed_while_saving(f, count(50, share), draw),
     "told_to_stop": lambda f, share, draw: scenarios.told_to_stop(f, count(50, share), draw),
+    "told_to_stop_evaluating": lambda f, share, draw: scenarios.told_to_stop_evaluating(f, count(50, share), draw),
     "corrupted": lambda f, share, draw: scenarios.corrupted(f, count(1000, share), count(20, share), draw),
     "malicious": lambda f, share, draw: scenarios.malicious(f),
     "failing_disk": scenarios.failing_disk,
