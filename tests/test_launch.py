@@ -142,13 +142,10 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(images, undistu
     ]
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.faults),  # as other tests here do
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-    ],
-)
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_with_deterministic_algorithms_a_run_gone_on_with_ends_bit_for_bit_the_same(images, tmp_path, device):
     given = [f"data.root={images}", f"train.device={device}", "train.deterministic=true", "run.save_every=3"]
     sealed = []
