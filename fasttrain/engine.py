@@ -22,7 +22,7 @@ from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
 from fasttrain.nonfinite import Guard, step_if_finite
 from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
-from fasttrain.precision import Precision, autocast_dtype, decide
+from fasttrain.precision import LossScale, Precision, autocast_dtype, decide
 from fasttrain.run import Run, read_metrics
 from fasttrain.stop import Stopped, StopRequest
 
@@ -169,59 +169,6 @@ class Callback(NamedTuple):
     function: Callable[[int], dict[str, float]]
 
 
-class LossScale:
-    """Dynamic loss scale of fp16 autocast: halved when a gradient overflows, doubled after ``patience`` good steps.
-
-    At stage 0 DeepSpeed's own ``GradScaler`` is right and is used as it is. Under ZeRO 1 and 2 DeepSpeed runs a
-    ``GradScaler`` once a parameter group and a rank, so groups and ranks can disagree about a skipped step; there the
-    scale is ours and the decision falls on the global gradient norm, which all ranks share.
-    """
-
-    def __init__(self, engine, patience: int = 2000) -> None:
-        self._engine, self.patience = engine, patience
-        self.good_steps = 0
-        self._zero = engine.optimizer if hasattr(engine.optimizer, "override_loss_scale") else None
-        if self._zero is not None:
-            self._zero.torch_autocast_gradscaler = None
-            self._set(2.0**16)
-
-    def _set(self, scale: float) -> None:
-        # override_loss_scale logs each change; the attribute is what it sets
-        self._zero.custom_loss_scaler, self._zero.external_loss_scale = True, scale
-
-    @property
-    def scale(self) -> float:
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        return float(self._zero.loss_scale) if self._zero is not None else float(scaler.get_scale())
-
-    def update(self) -> None:
-        """After an optimiser step: follow its overflow."""
-        if self._zero is None:
-            return
-        self.good_steps = 0 if self._zero.overflow else self.good_steps + 1
-        if self._zero.overflow:
-            self._set(max(1.0, self.scale / 2))
-        elif self.good_steps == self.patience:
-            self.good_steps = 0
-            self._set(self.scale * 2)
-
-    def state(self) -> dict[str, float]:
-        if self._zero is not None:
-            return {"scale": self.scale, "good_steps": self.good_steps}
-        state = self._engine.torch_autocast_z0_gradscaler.state_dict()
-        return {"scale": self.scale, "good_steps": state["_growth_tracker"]}
-
-    def load(self, state: dict[str, float]) -> None:
-        if self._zero is not None:
-            self.good_steps = int(state["good_steps"])
-            self._set(float(state["scale"]))
-            return
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        scaler.load_state_dict(
-            {**scaler.state_dict(), "scale": float(state["scale"]), "_growth_tracker": int(state["good_steps"])}
-        )
-
-
 class Plan(NamedTuple):
     """How many optimiser steps a run takes, and the learning rate of each."""
 
@@ -339,11 +286,12 @@ def evaluate_saved(
 
 def reported(run: Run, step: int) -> dict[str, float] | None:
     """What the run's metrics say that the evaluations of ``step`` gave; training reports have a learning rate."""
-    lines = distributed.on_rank_zero(lambda: read_metrics(run.dir / "metrics.jsonl")[-10:])
-    for line in lines:
-        if line.pop("step") == step and "lr" not in line:
-            return line
-    return None
+
+    def find() -> dict[str, float] | None:
+        lines = (line for line in read_metrics(run.dir / "metrics.jsonl") if line.pop("step") == step)
+        return next((line for line in lines if "lr" not in line), None)
+
+    return distributed.on_rank_zero(find)
 
 
 def train(

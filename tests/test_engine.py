@@ -16,6 +16,7 @@ from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.objectives import PenaltyConfig, TermConfig, build_objective
 from fasttrain.optim import OptimizerConfig, build_optimizer
+from fasttrain.precision import LossScale
 from fasttrain.run import RunConfig
 from fasttrain.step import Term, TrainStep
 from tests.ranks import run_ranks
@@ -182,7 +183,7 @@ def scaled(stage: int) -> tuple[dict[str, torch.Tensor], list[float], bool]:
     distributed.initialize("cpu")
     case = Case(stage, optimizer="sgd", clip=0.5, precision="fp16")
     trainer, _ = build(case)
-    scale = engine.LossScale(trainer)
+    scale = LossScale(trainer)
     scale.load({"scale": 256.0, "good_steps": 0})
     for step in range(STEPS):
         take_steps(trainer, case, step, step + 1)

@@ -31,6 +31,7 @@ from fasttrain.objectives import (
     sup_con,
 )
 from fasttrain.optim import OptimizerConfig, build_optimizer
+from fasttrain.precision import LossScale
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import adversarial
 from tests.ranks import run_ranks
@@ -248,7 +249,7 @@ def trained(cases: list[Case]) -> list[dict[str, Tensor]]:
     for case in cases:
         trainer, train = initialized(case)
         if case.precision == "fp16":
-            engine.LossScale(trainer).load({"scale": 256.0, "good_steps": 0})
+            LossScale(trainer).load({"scale": 256.0, "good_steps": 0})
         take_steps(trainer, train, 0, STEPS)
         results.append(state(trainer))
     return results
