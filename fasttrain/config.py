@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -26,6 +27,20 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
     )
+
+
+def _expanded(text: str) -> str:
+    """A path as the file system knows it: ``~`` and ``~user`` are homes."""
+    if not text.strip():
+        raise ValueError("is empty (an unset variable?): give a path, or leave the setting out")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"'{path.partition('/')[0]}' is nobody's home here: for a folder of that name give ./{path}")
+    return path
+
+
+PathText = Annotated[str, pydantic.AfterValidator(_expanded)]
+"The type of every setting that names a place in the file system."
 
 
 def load(schema: type[C], arguments: list[str], base: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {}) -> C:
@@ -175,4 +190,4 @@ def _nearest(schema: type[Config], path: list[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else "; --help lists the keys"
 
 
-__all__ = ["Config", "describe", "differences", "load", "resolve", "to_yaml"]
+__all__ = ["Config", "PathText", "describe", "differences", "load", "resolve", "to_yaml"]
