@@ -92,6 +92,11 @@ class FinetuneConfig(Config):
     def _parts_fit(self) -> FinetuneConfig:
         if self.augment.views != 1:
             raise ValueError(f"augment.views={self.augment.views}: FARE looks at each image once, set augment.views=1")
+        if not self.attack.eps_255:
+            raise ValueError(
+                "attack.eps_255=0: an image that is not moved keeps its embedding, and there is nothing to learn: give "
+                "a radius, attack.eps_255=8 say"
+            )
         if self.attack.batchnorm == "train" and self.fare.batchnorm == "eval":
             raise ValueError(
                 "attack.batchnorm=train needs an encoder that trains so: set attack.batchnorm=eval or "

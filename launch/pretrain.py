@@ -82,8 +82,9 @@ def build(config: PretrainConfig, device: torch.device) -> Parts:
     micro_batch = config.train.micro_batch(world) * world
     order = Order(catalogs[0].indices, config.run.seed, micro_batch, config.train.accumulation)
     plan = engine.plan(config.train, config.optimizer, order)
+    compared = config.train.batch if config.train.loss_over == "batch" else micro_batch
     for term in config.terms.values():
-        check_term(term, config.model, config.augment.views, len(catalogs[0].classes))
+        check_term(term, config.model, config.augment.views, len(catalogs[0].classes), compared)
     encoder = Encoder(config.model).to(device)
     terms = [
         Term(

@@ -89,4 +89,4 @@ def test_every_configuration_resolves():
         given = yaml.safe_load(path.read_text())
         assert list(config.terms) == list(given["terms"]), path  # none of the defaults' terms is left
         for term in config.terms.values():
-            check_term(term, config.model, config.augment.views, config.model.classes)
+            check_term(term, config.model, config.augment.views, config.model.classes or 10, config.train.batch)

@@ -283,6 +283,7 @@ def test_robust_evaluation_of_a_run_is_printed_and_written(images, finished, tmp
         (["robust.attack.batchnorm=train"], "set batchnorm=eval"),
         (["attack.batchnorm=train"], "set attack.batchnorm=eval or fare.batchnorm=train"),
         (["attack.name=fgsm", "attack.steps=10"], "the distance has no gradient: use attack.name=apgd"),
+        (["attack.eps_255=0"], "attack.eps_255=0: an image that is not moved"),
         (["augment.views=2"], "augment.views=2: FARE looks at each image once"),
     ],
 )

@@ -308,6 +308,7 @@ def test_terms_are_built_by_name() -> None:
         ({"objective": "simsiam", "penalty": {"weight": 1, "method": "finite_difference"}}, "stop-gradient"),
         ({"layers": {"beta": [0, 0, 0, 1]}}, "without alpha"),
         ({"layers": {"alpha": [0, 0, 0, 0]}}, "at least one stage"),
+        ({"layers": {"alpha": [0, 0, 0, 1], "beta": [0, 0, 0, 0]}}, "leave beta out"),
         ({"layers": {"alpha": [0, 0, 1]}}, r"layers\.alpha"),
         ({"penalty": {"weight": 1}, "layers": {"alpha": [0, 0, 0, 1], "beta": [0, 0, 0, 1]}}, "both weigh"),
     ],
@@ -328,11 +329,37 @@ def test_mistakes_name_the_value(values: dict, message: str) -> None:
 )
 def test_a_model_without_the_head_is_refused(term: dict, model: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_term(resolve(TermConfig, term), resolve(ModelConfig, {"arch": "resnet18", **model}), 2, 10)
+        check_term(resolve(TermConfig, term), resolve(ModelConfig, {"arch": "resnet18", **model}), 2, 10, 64)
     with pytest.raises(UsageError, match="set model"):  # and the objective itself, called all the same
         build_objective(resolve(TermConfig, term))(
             _encoded(_random(2, 3, 4) if term == {"objective": "simsiam"} else None), _batch(torch.zeros(3))
         )
+
+
+@pytest.mark.parametrize(
+    ("objective", "images", "classes", "message"),
+    [
+        ("nt_xent", 1, 10, r"nt_xent compares images .* has 1, .* train\.batch .* train\.loss_over=batch"),
+        ("sup_con", 1, 10, r"train\.loss_over=batch"),
+        ("simsiam", 1, 10, r"raise train\.batch or lower train\.accumulation$"),
+        ("sup_con", 64, 1, "sup_con tells classes apart and the images have 1"),
+        ("cross_entropy", 64, 1, "choose nt_xent or simsiam"),
+    ],
+)
+def test_a_loss_that_would_be_constant_is_refused(objective: str, images: int, classes: int, message: str) -> None:
+    heads = resolve(ModelConfig, {"arch": "resnet18", "classes": classes, "head": {"predictor": 8}})
+    term = TermConfig(objective=objective)
+    check_term(term, heads.model_copy(update={"classes": 10}), 2, 10, 2)
+    with pytest.raises(UsageError, match=message):
+        check_term(term, heads, 2, classes, images)
+
+
+def test_a_contrastive_loss_of_one_image_is_constant() -> None:
+    """What the refusal says: NT-Xent and SupCon are 0 for any projections."""
+    for seed in range(3):
+        z = _random(2, 1, 4, seed=seed)
+        for objective in (objectives.nt_xent(0.1), objectives.sup_con(0.1)):
+            assert abs(float(objective(_encoded(z), _batch(torch.zeros(1, dtype=torch.int64))))) < 1e-6
 
 
 def test_simsiam_refuses_one_view() -> None:

@@ -34,13 +34,15 @@ class _Entry(NamedTuple):
     has_temperature: bool
     needs: tuple[str, ...]  # keys of the model that must not be 0
     views: int  # of each image, at least
+    images: int  # that a loss sees together, at least: with fewer it is constant, whatever the encoder does
+    classes: int  # of the data set, at least, likewise
 
 
 OBJECTIVES: dict[str, _Entry] = {
-    "nt_xent": _Entry(nt_xent, info_nce, True, ("head.layers",), 2),
-    "sup_con": _Entry(sup_con, sup_con_one_sided, True, ("head.layers",), 2),
-    "cross_entropy": _Entry(cross_entropy, cross_entropy_one_sided, False, ("classes",), 1),
-    "simsiam": _Entry(simsiam, simsiam_one_sided, False, ("head.layers", "head.predictor"), 2),
+    "nt_xent": _Entry(nt_xent, info_nce, True, ("head.layers",), 2, 2, 0),
+    "sup_con": _Entry(sup_con, sup_con_one_sided, True, ("head.layers",), 2, 2, 2),
+    "cross_entropy": _Entry(cross_entropy, cross_entropy_one_sided, False, ("classes",), 1, 1, 2),
+    "simsiam": _Entry(simsiam, simsiam_one_sided, False, ("head.layers", "head.predictor"), 2, 2, 0),
 }
 
 
@@ -85,8 +87,9 @@ class LayersConfig(Config):
             raise ValueError(
                 f"beta={self.beta} without alpha: give the losses' weights too, alpha=[0, 0, 0, 1] for one"
             )
-        if self.alpha is not None and not any(self.alpha):
-            raise ValueError(f"alpha={self.alpha}: give at least one stage a weight")
+        for name, weights in (("alpha", self.alpha), ("beta", self.beta)):
+            if weights is not None and not any(weights):
+                raise ValueError(f"{name}={weights}: give at least one stage a weight, or leave {name} out")
         return self
 
 
@@ -147,12 +150,15 @@ def build_one_sided(config: TermConfig) -> OneSided:
     return OBJECTIVES[config.objective].one_sided(*_temperature(config))
 
 
-def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int) -> None:
-    """Refuse at start a model without the heads that the term needs, too few views, and a classifier of another size.
+def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int, images: int) -> None:
+    """Refuse at start a model without the heads that the term needs, too few views, a classifier of another size, and
+    a loss that would be constant: a contrastive one of one image (SimSiam's too, whose BatchNorm makes any two rows
+    +1 and -1), one by labels of one class.
 
     Args:
         views: of each image in a batch.
         classes: of the data set.
+        images: that a loss sees together: of a micro-batch of all ranks, or with gradient caching of the whole batch.
 
     Raises:
         UsageError: naming the key to set.
@@ -166,6 +172,17 @@ def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int)
         raise UsageError("model.layer_heads=false: layer-by-layer losses need them, set model.layer_heads=true")
     if views < entry.views:
         raise UsageError(f"augment.views={views}: {config.objective} compares views, set augment.views={entry.views}")
+    if images < entry.images:
+        raise UsageError(
+            f"{config.objective} compares images and a micro-batch of all ranks has {images}, so that its loss is "
+            "constant: raise train.batch or lower train.accumulation"
+            + (" (or compare the whole batch by train.loss_over=batch)" if config.objective != "simsiam" else "")
+        )
+    if classes < entry.classes:
+        raise UsageError(
+            f"{config.objective} tells classes apart and the images have {classes}, so that it learns nothing of them: "
+            "choose nt_xent or simsiam, or give images of more classes"
+        )
     if "classes" in entry.needs and model.classes != classes:
         raise UsageError(
             f"model.classes={model.classes}, but the images have {classes} classes: set model.classes={classes}"
