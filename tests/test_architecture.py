@@ -14,7 +14,7 @@ LAYERS = [
     {"config"},
     {"distributed"},
     {"data", "models", "run", "stop", "watchdog"},
-    {"objectives", "attacks", "optim"},
+    {"objectives", "attacks", "optim", "weights"},
     {"views"},
     {"step"},
     {"gradient_cache", "checkpoint"},
