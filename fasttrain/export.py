@@ -128,6 +128,19 @@ def load_encoder(source: str, model: ModelConfig | None = None) -> Encoder:
     return encoder.eval()
 
 
+def load_backbone(encoder: Encoder, source: str) -> None:
+    """Give ``encoder`` the backbone of :func:`load_encoder`'s ``source``; its heads stay as they are.
+
+    Raises:
+        UsageError: as :func:`load_encoder`, and weights of another architecture or for other pixels.
+    """
+    found = read_source(source, ModelConfig(**encoder.config.model_dump(include=set(WHAT_IT_IS))))
+    for note in found.notes:
+        distributed.say(note)
+    encoder.backbone.load_state_dict(encoder.backbone.state_dict() | found.weights)
+    distributed.say(f"the backbone starts from '{source}', the heads from random weights")
+
+
 def read_source(source: str, given: ModelConfig | None = None) -> Source:
     """What :func:`load_encoder` loads; it says nothing."""
     path = Path(source)
@@ -207,7 +220,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig | None, list
         raise UsageError(what + (f"; to take a file in it, name it ({folder / files[0]}, say)" if files else ""))
     try:
         tensors = found.tensors(checkpoint.MODEL)
-        model = resolve(ModelConfig, found.state["config"]["model"])
+        model = _model_of(found.state["config"]["model"])
     except (SafetensorError, KeyError, TypeError) as error:
         raise UsageError(f"{found.path} is no checkpoint of a run ({type(error).__name__}: {error})") from None
     notes = [f"WARNING: {line}" for line in ([complaint] if complaint else []) + damaged]
@@ -254,12 +267,17 @@ def _read_card(path: Path) -> tuple[ModelConfig | None, list[str]]:
     if not ours:
         return None, [f"'{path}' beside the weights is not a card that fasttrain wrote whole, and is passed over"]
     try:
-        return resolve(ModelConfig, model), []
+        return _model_of(model), []
     except UsageError as error:
         raise UsageError(
             f"'{path}' is not understood ({error}): use the version that wrote it, or move it away and give what it "
             "says with model.arch=… and so on"
         ) from None
+
+
+def _model_of(saved: dict[str, Any]) -> ModelConfig:
+    """The model of a saved configuration, without what it was to start from."""
+    return resolve(ModelConfig, {name: value for name, value in saved.items() if name != "weights"})
 
 
 def _short(value: Any) -> str:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.nn.functional as F
-import yaml
 from pydantic import Field
 
-from fasttrain import cli, distributed
+from fasttrain import cli, distributed, inherited
 from fasttrain.config import Config
 from fasttrain.data.augment import AugmentConfig
 from fasttrain.data.catalog import DataConfig, open_catalog
@@ -105,9 +104,8 @@ def evaluate(config: EvalConfig) -> None:
 
 def of_run(given: dict[str, Any]) -> dict[str, Any]:
     """A run's own data, crops and loader, where nothing else is asked for."""
-    path = Path(str(given.get("source", ""))) / "config.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    return {key: saved[key] for key in ("data", "augment", "loader") if key in saved}
+    saved = inherited.settings_of(given.get("source"))
+    return inherited.data_of(saved, given) | {key: saved[key] for key in ("augment",) if key in saved}
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
-from fasttrain import cli, distributed, engine, export, plots
+from fasttrain import cli, distributed, engine, export, inherited, plots
 from fasttrain.attacks import AttackConfig
 from fasttrain.config import Config
 from fasttrain.data.augment import AugmentConfig, SimCLR
@@ -30,7 +29,7 @@ from fasttrain.data.order import Order
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
 from fasttrain.evaluation.online import catalog_features, thin
 from fasttrain.evaluation.robust import OnlineRobust, RobustConfig
-from fasttrain.export import load_encoder
+from fasttrain.export import ExportConfig, load_encoder
 from fasttrain.models import Encoder, ModelConfig
 from fasttrain.models.reference import keep_in_evaluation
 from fasttrain.objectives import FareConfig, Reference, fare, fare_one_sided, surrogate_one_sided
@@ -87,6 +86,7 @@ class FinetuneConfig(Config):
     train: engine.TrainConfig = engine.TrainConfig(steps=20000, batch=256)
     classifier: ClassifierConfig = ClassifierConfig()
     robust: OnlineRobustConfig = OnlineRobustConfig(images=10000)
+    export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> FinetuneConfig:
@@ -108,20 +108,23 @@ class FinetuneConfig(Config):
 
 def finetune(config: FinetuneConfig) -> int:
     device = distributed.initialize(config.train.device, deterministic=config.train.deterministic)
-    encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
+    begun = distributed.on_rank_zero(lambda: any(Path(config.run.dir, "checkpoints").glob("step-*")))
+    there = begun and config.model is not None  # the source's weights come with the checkpoint
+    encoder = Encoder(config.model) if there else distributed.agree(lambda: load_encoder(config.source, config.model))
+    encoder = encoder.to(device)
     config = config.model_copy(update={"train": config.train.on(device), "model": encoder.config})
     torch.manual_seed(config.run.seed)
     with Run(config.run) as run:
         parts = distributed.agree(lambda: build(config, encoder, device))
         run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
         fingerprint = parts.catalogs[0].fingerprint
-        begun = distributed.on_rank_zero(lambda: any(run.checkpoints.glob("step-*")))
         if parts.classifier is not None and not begun:  # else it comes with the checkpoint
             fit_to_clean_features(parts.classifier, config, encoder, parts.catalogs[0], device)
         if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
             return cli.EXIT_SAVED_ON_SIGNAL
         if distributed.rank() == 0:
-            weights = export.export(encoder, run.dir, step=parts.plan.steps, finetuned_from=config.source)
+            form = config.augment, config.export.normaliser
+            weights = export.export(encoder, run.dir, *form, step=parts.plan.steps, finetuned_from=config.source)
             print(summary(run, weights, plots.curves(run.dir, PANELS)))
     return 0
 
@@ -194,11 +197,14 @@ def summary(run: Run, weights: Path, picture: Path) -> str:
 
 
 def of_source(given: dict[str, Any]) -> dict[str, Any]:
-    """The data, loader and image size of the run to start from, where nothing else is asked for."""
-    path = Path(str(given.get("source", ""))) / "config.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    sections = {key: saved[key] for key in ("data", "loader") if key in saved}
-    sizes = {key: saved["augment"][key] for key in ("size", "eval_crop")} if "augment" in saved else {}
+    """The data, loader and image size of the run to start from, where nothing else is asked for.
+
+    A run that goes on has them in its own folder, and the architecture too: it needs its source no more.
+    """
+    begun = inherited.settings_of_begun(given, FinetuneConfig.model_fields["run"].default.dir)
+    saved = begun or inherited.settings_of(given.get("source"))
+    sections = inherited.data_of(saved, given) | ({"model": begun["model"]} if "fare" in begun else {})
+    sizes = {key: saved["augment"][key] for key in ("size", "eval_crop") if key in saved.get("augment", {})}
     return sections | ({"augment": sizes} if sizes else {})
 
 

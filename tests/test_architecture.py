@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "precision"},
     {"config"},
     {"distributed"},
-    {"data", "models", "run", "stop", "watchdog"},
+    {"data", "models", "run", "inherited", "stop", "watchdog"},
     {"objectives", "attacks", "optim", "weights"},
     {"views"},
     {"step"},
