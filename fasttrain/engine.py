@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fasttrain import checkpoint, distributed, gradient_cache
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.data import Batch
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order
@@ -72,6 +72,11 @@ class TrainConfig(Config):
     "steps of the run that may be skipped; at one more it stops"
     deepspeed: str | None = None
     "JSON file of further DeepSpeed settings; a key that this configuration owns is refused"
+
+    reads: ClassVar[dict[str, Where]] = {
+        "epochs": Where("steps", (None,)),
+        "max_skipped": Where("on_non_finite", ("skip",)),
+    }
 
     @field_validator("zero_stage")
     @classmethod

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.errors import UsageError
 
 APEX_INSTALL = (
@@ -50,6 +50,14 @@ class OptimizerConfig(Config):
     "steps of linear warm-up, in place of epochs: with warmup_epochs=0"
     implementation: Literal["auto", "torch", "apex"] = "auto"
     "auto: torch's fused kernels where the device has them; apex: NVIDIA apex's (adamw, sgd)"
+
+    reads: ClassVar[dict[str, Where]] = {
+        "momentum": Where("name", ("lars", "sgd")),
+        "betas": Where("name", ("adamw",)),
+        "trust_coefficient": Where("name", ("lars",)),
+        "cycle_epochs": Where("schedule", ("restarts",)),
+        "cycle_growth": Where("schedule", ("restarts",)),
+    }
 
     @model_validator(mode="after")
     def _one_warmup(self) -> OptimizerConfig:

@@ -13,7 +13,7 @@ when a rank is lost the others name it and exit with code 76.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,7 @@ from torch import nn
 
 from fasttrain import cli, distributed, engine, export, inherited, plots
 from fasttrain.attacks import AttackConfig
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
@@ -58,6 +58,8 @@ class OnlineRobustConfig(RobustConfig):
     every_steps: int = Field(1000, ge=0)
     "steps between two evaluations (and before the first step and after the last); 0: never"
 
+    reads: ClassVar[dict[str, Where]] = {"attack": Where("every_steps"), "images": Where("every_steps")}
+
 
 class FinetuneConfig(Config):
     """Every part's own settings; the defaults are the paper's for CIFAR-10."""
@@ -87,6 +89,13 @@ class FinetuneConfig(Config):
     classifier: ClassifierConfig = ClassifierConfig()
     robust: OnlineRobustConfig = OnlineRobustConfig(images=10000)
     export: ExportConfig = ExportConfig()
+
+    reads: ClassVar[dict[str, Where]] = {"classifier": Where("classifies", why="robust.every_steps=0")}
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a linear classifier has a use: to measure accuracy, or to attack."""
+        return bool(self.robust.every_steps) or self.fare.against == "cross_entropy"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> FinetuneConfig:
@@ -150,8 +159,8 @@ def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Par
     augment = SimCLR(config.augment, config.run.seed)
     loader = make_loader(config.loader, catalogs[0], order, augment, device, rank, world)
 
-    needed = config.robust.every_steps or config.fare.against == "cross_entropy"
-    classifier = nn.Linear(encoder.backbone.num_features, len(catalogs[0].classes)).to(device) if needed else None
+    outputs = len(catalogs[0].classes)
+    classifier = nn.Linear(encoder.backbone.num_features, outputs).to(device) if config.classifies else None
     reference = Reference(encoder, classifier)
     if config.fare.batchnorm == "eval":
         keep_in_evaluation(encoder)

@@ -14,13 +14,13 @@ when a rank is lost the others name it and exit with code 76.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 
 from fasttrain import cli, distributed, engine, export, inherited, plots
-from fasttrain.config import Config, PathText
+from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
@@ -42,6 +42,8 @@ class StartConfig(ModelConfig):
     weights: PathText | None = None
     """start from the backbone of these weights, with new heads: a run's folder or anyone's weights of a ResNet, whose
     arch, stem, width, mean and std hold where they are not given; null: from random weights"""
+
+    reads: ClassVar[dict[str, Where]] = {"zero_init_residual": Where("weights", (None,))}
 
 
 class PretrainConfig(Config):
