@@ -58,7 +58,7 @@ def main(
 
     def run() -> int:
         try:
-            config = load(schema, arguments, base)
+            config = load(schema, arguments, base, distributed.say)
         except UsageError as error:  # every rank was given the same arguments
             raise UsageError(str(error), everywhere=True) from error
         if "--print-config" not in flags:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -21,12 +21,28 @@ from fasttrain.errors import UsageError
 C = TypeVar("C", bound="Config")
 
 
+class Where(NamedTuple):
+    """Where a setting is read: where another one has one of ``values``, or any value but none, 0 and false."""
+
+    key: str  # of the same section: a setting, or a property that follows from several
+    values: tuple[Any, ...] = ()
+    why: str = ""  # what else to say than "key=value" where it is not read
+
+    def unmet(self, config: Config) -> str | None:
+        """Why nothing reads it in ``config``; None where something does."""
+        value = getattr(config, self.key)
+        read = value in self.values if self.values else bool(value)
+        return None if read else self.why or f"{self.key}={value}"
+
+
 class Config(pydantic.BaseModel):
     """Base of every settings object: frozen, unknown keys forbidden, defaults validated like given values."""
 
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
     )
+    reads: ClassVar[dict[str, Where]] = {}
+    "Settings (or whole sections) that are not always read, and where they are."
 
 
 def _expanded(text: str) -> str:
@@ -43,11 +59,17 @@ PathText = Annotated[str, pydantic.AfterValidator(_expanded)]
 "The type of every setting that names a place in the file system."
 
 
-def load(schema: type[C], arguments: list[str], base: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {}) -> C:
+def load(
+    schema: type[C],
+    arguments: list[str],
+    base: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {},
+    say: Callable[[str], None] = lambda _: None,
+) -> C:
     """Resolve ``[file.yaml] key=value ...`` into a validated ``schema``.
 
     Args:
         base: from what was given, values that stand where nothing was (those of the run to evaluate, say).
+        say: is told, a line each, of what was given and nothing will read.
 
     Raises:
         UsageError: unreadable file, unknown key (names the nearest one), wrong type or value out of range.
@@ -61,7 +83,10 @@ def load(schema: type[C], arguments: list[str], base: Callable[[dict[str, Any]],
             values = _read_yaml(Path(argument))
         else:
             raise UsageError(f"argument '{argument}' is neither the first (a YAML file) nor of the form key=value")
-    return resolve(schema, _merged(_merged(_section_defaults(schema, values), base(values)), values))
+    config = resolve(schema, _merged(_merged(_section_defaults(schema, values), base(values)), values))
+    for line in unread(config, values):
+        say(f"WARNING: {line}")
+    return config
 
 
 def resolve(schema: type[C], values: dict[str, Any]) -> C:
@@ -70,6 +95,32 @@ def resolve(schema: type[C], values: dict[str, Any]) -> C:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
         raise UsageError("; ".join(_explain(schema, mistake) for mistake in error.errors())) from None
+
+
+def unread(config: Config, given: dict[str, Any], usual: Config | None = None, prefix: str = "") -> list[str]:
+    """A line for each of the ``given`` values that nothing will read as the others stand, and that is not the usual."""
+    lines: list[str] = []
+    for name in given.keys() & type(config).model_fields.keys():
+        key, value = prefix + name, getattr(config, name)
+        field = type(config).model_fields[name]
+        default = getattr(usual, name) if usual is not None else field.get_default(call_default_factory=True)
+        where = type(config).reads.get(name)
+        reason = where.unmet(config) if where is not None else None
+        if reason is not None:
+            asked, mine, theirs = (_flatten({key: _plain(x)}) for x in (given[name], value, default))
+            unusual = [k for k in asked if k in mine and mine[k] != theirs.get(k)]
+            lines += [f"{k}={mine[k]} is given and not used: {prefix}{reason}" for k in unusual]
+        elif isinstance(value, Config) and isinstance(given[name], dict):
+            lines += unread(value, given[name], default if isinstance(default, type(value)) else None, f"{key}.")
+        elif isinstance(value, dict):
+            parts = {part: inner for part, inner in value.items() if isinstance(inner, Config)}
+            for part in parts.keys() & given[name].keys():
+                lines += unread(parts[part], given[name][part] or {}, None, f"{key}.{part}.")
+    return sorted(lines)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, Config) else value
 
 
 def to_yaml(config: Config) -> str:
@@ -190,4 +241,4 @@ def _nearest(schema: type[Config], path: list[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else "; --help lists the keys"
 
 
-__all__ = ["Config", "PathText", "describe", "differences", "load", "resolve", "to_yaml"]
+__all__ = ["Config", "PathText", "Where", "describe", "differences", "load", "resolve", "to_yaml", "unread"]

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Literal, TypeVar
 
@@ -121,6 +123,13 @@ def world_size() -> int:
 def local_rank() -> int:
     """This process's rank on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def say(line: str) -> None:
+    """A line for the person who watches, from rank 0."""
+    if rank() == 0:
+        with suppress(OSError):  # the terminal may be gone
+            print(line, file=sys.stderr, flush=True)
 
 
 def agree(work: Callable[[], T]) -> T:

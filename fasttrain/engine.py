@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fasttrain import checkpoint, distributed, gradient_cache
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.data import Batch
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order
@@ -35,7 +35,7 @@ OWNED = {
     "fp16": "train.precision",
     "bf16": "train.precision",
     "optimizer": "optimizer.name",
-    "scheduler": "optimizer.lr and optimizer.warmup_epochs (or warmup_steps)",
+    "scheduler": "optimizer.lr, optimizer.schedule and optimizer.warmup_epochs (or warmup_steps)",
     "zero_allow_untested_optimizer": "train.zero_stage",
     "steps_per_print": "run.log_every",
 }
@@ -72,6 +72,11 @@ class TrainConfig(Config):
     "steps of the run that may be skipped; at one more it stops"
     deepspeed: str | None = None
     "JSON file of further DeepSpeed settings; a key that this configuration owns is refused"
+
+    reads: ClassVar[dict[str, Where]] = {
+        "epochs": Where("steps", (None,)),
+        "max_skipped": Where("on_non_finite", ("skip",)),
+    }
 
     @field_validator("zero_stage")
     @classmethod
@@ -185,7 +190,12 @@ def plan(train: TrainConfig, optimizer: OptimizerConfig, order: Order) -> Plan:
     """
     steps_per_epoch = len(order) // train.accumulation
     steps = train.steps or train.epochs * steps_per_epoch
-    learning_rate = schedule(optimizer.peak(train.batch), optimizer.warmup(steps_per_epoch), steps)
+    peak, warmup, cycle = (
+        optimizer.peak(train.batch),
+        optimizer.warmup(steps_per_epoch),
+        optimizer.cycle(steps_per_epoch),
+    )
+    learning_rate = schedule(peak, warmup, steps, optimizer.schedule, cycle, optimizer.cycle_growth)
     return Plan(steps, steps_per_epoch, learning_rate)
 
 
@@ -222,7 +232,7 @@ def fit(
     optimizer = build_optimizer(config.optimizer, module, config.train.zero_stage, device)
     engine = initialize(module, optimizer, config.train)
     loss_scale = LossScale(engine) if config.train.precision == "fp16" else None
-    start = checkpoint.resume(run, engine, config, data, loss_scale)
+    start = checkpoint.resume(run, engine, config, data, plan.steps, loss_scale)
     run.open(config, start.step, plan.steps)
     guard = Guard(run, engine, config, data, start.skipped)
 

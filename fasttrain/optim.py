@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.errors import UsageError
 
 APEX_INSTALL = (
@@ -37,12 +37,27 @@ class OptimizerConfig(Config):
     "of adamw"
     trust_coefficient: float = Field(0.001, gt=0)
     "eta of lars"
+    schedule: Literal["cosine", "constant", "restarts"] = "cosine"
+    """after the warm-up: one cosine to zero at the last step, the peak for ever, or cosines to zero one after another
+    (SGDR); a run with one of the last two can be made longer"""
+    cycle_epochs: float = Field(10, gt=0, allow_inf_nan=False)
+    "restarts: epochs of the first cosine"
+    cycle_growth: int = Field(1, ge=1)
+    "restarts: how many times as long as the one before each further cosine is"
     warmup_epochs: float = Field(10, ge=0)
-    "epochs of linear warm-up, then one cosine to zero"
+    "epochs of linear warm-up"
     warmup_steps: int = Field(0, ge=0)
     "steps of linear warm-up, in place of epochs: with warmup_epochs=0"
     implementation: Literal["auto", "torch", "apex"] = "auto"
     "auto: torch's fused kernels where the device has them; apex: NVIDIA apex's (adamw, sgd)"
+
+    reads: ClassVar[dict[str, Where]] = {
+        "momentum": Where("name", ("lars", "sgd")),
+        "betas": Where("name", ("adamw",)),
+        "trust_coefficient": Where("name", ("lars",)),
+        "cycle_epochs": Where("schedule", ("restarts",)),
+        "cycle_growth": Where("schedule", ("restarts",)),
+    }
 
     @model_validator(mode="after")
     def _one_warmup(self) -> OptimizerConfig:
@@ -56,25 +71,62 @@ class OptimizerConfig(Config):
         """Steps of warm-up."""
         return self.warmup_steps or round(self.warmup_epochs * steps_per_epoch)
 
+    def cycle(self, steps_per_epoch: int) -> int:
+        """Steps of the first cosine of ``schedule=restarts``."""
+        return round(self.cycle_epochs * steps_per_epoch)
+
+    @property
+    def depends_on_total(self) -> bool:
+        """Whether the learning rate of a step depends on how many there will be."""
+        return self.schedule == "cosine"
+
     def peak(self, batch: int) -> float:
         """Learning rate after warm-up, for a global batch of ``batch`` images (all ranks, all accumulation steps)."""
         return self.lr * {"linear": batch / 256, "sqrt": math.sqrt(batch / 256), "none": 1.0}[self.lr_scaling]
 
 
-def schedule(peak: float, warmup: int, total: int) -> Callable[[int], float]:
-    """Learning rate of step t = 0, 1, ...: ``peak (t+1)/W`` for t < W, then ``peak/2 (1 + cos(pi (t-W)/(T-W)))``."""
+def schedule(
+    peak: float, warmup: int, total: int, kind: str = "cosine", cycle: int = 0, growth: int = 1
+) -> Callable[[int], float]:
+    """Learning rate of step t = 0, 1, ...: ``peak (t+1)/W`` for t < W; after that, with u = t - W, by ``kind``
+
+    cosine      ``peak/2 (1 + cos(pi u/(T-W)))``, T the steps in ``total``
+    constant    ``peak``
+    restarts    ``peak/2 (1 + cos(pi v/C))``, v steps into a cycle of C: the first has ``cycle`` steps, each further one
+                ``growth`` times as many as the one before (SGDR, Loshchilov & Hutter 2017, with T_0, T_mult, and a
+                least rate of 0)
+
+    Raises:
+        UsageError: the warm-up is not shorter than the run, or a cycle is shorter than a step.
+    """
     if warmup >= total > 0:
         raise UsageError(
             f"{warmup} steps of warm-up in a run of {total}: lower optimizer.warmup_epochs (or warmup_steps), or train "
             "longer"
         )
+    if kind == "restarts" and cycle < 1:
+        raise UsageError("optimizer.cycle_epochs is less than one step: make it longer")
 
     def learning_rate(step: int) -> float:
         if step < warmup:
             return peak * (step + 1) / warmup
-        return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        if kind == "constant":
+            return peak
+        done, length = step - warmup, total - warmup
+        if kind == "restarts":
+            done, length = _within_cycle(done, cycle, growth)
+        return peak / 2 * (1 + math.cos(math.pi * done / length))
 
     return learning_rate
+
+
+def _within_cycle(step: int, cycle: int, growth: int) -> tuple[int, int]:
+    """How many steps into its cycle ``step`` is, and how many that one has."""
+    if growth == 1:
+        return step % cycle, cycle
+    while step >= cycle:
+        step, cycle = step - cycle, cycle * growth
+    return step, cycle
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, zero_stage: int, device: torch.device):

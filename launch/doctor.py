@@ -14,7 +14,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch
-from pretrain import Parts, PretrainConfig, build
+from pretrain import Parts, PretrainConfig, build, of_weights
 
 from fasttrain import cli, distributed, doctor
 from fasttrain.doctor import attempt, joined, show
@@ -55,4 +55,4 @@ def disk(config: PretrainConfig, parts: Parts) -> doctor.Finding:
 
 
 if __name__ == "__main__":
-    cli.main(PretrainConfig, examine, __doc__)
+    cli.main(PretrainConfig, examine, __doc__, base=of_weights)

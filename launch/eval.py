@@ -15,14 +15,13 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
-import yaml
 from pydantic import Field
 
-from fasttrain import cli, distributed
-from fasttrain.config import Config
+from fasttrain import cli, distributed, inherited
+from fasttrain.config import Config, Where
 from fasttrain.data.augment import AugmentConfig
 from fasttrain.data.catalog import DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig
@@ -34,6 +33,21 @@ from fasttrain.evaluation.robust import RobustConfig, robust_accuracy
 from fasttrain.export import load_encoder
 from fasttrain.models import ModelConfig
 from fasttrain.precision import Precision, autocast_dtype, decide
+
+
+class CropConfig(AugmentConfig):
+    """What of an image an evaluation shows: its central square, whatever a training drew."""
+
+    reads: ClassVar[dict[str, Where]] = {
+        name: Where("draws", why="an evaluation draws nothing")
+        for name in AugmentConfig.model_fields
+        if name not in ("size", "eval_crop")
+    }
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn."""
+        return False
 
 
 class EvalConfig(Config):
@@ -56,11 +70,17 @@ class EvalConfig(Config):
     model: ModelConfig | None = None
     "architecture, of weights that say nothing of theirs (model.arch, model.stem, model.width, …)"
     data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
+    augment: CropConfig = CropConfig()
     loader: LoaderConfig = LoaderConfig()
     knn: KNNConfig = KNNConfig()
     linear: LinearConfig = LinearConfig()
     robust: RobustConfig = RobustConfig()
+
+    reads: ClassVar[dict[str, Where]] = {
+        "knn": Where("task", ("knn",)),
+        "linear": Where("task", ("linear", "robust")),
+        "robust": Where("task", ("robust",)),
+    }
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -105,9 +125,8 @@ def evaluate(config: EvalConfig) -> None:
 
 def of_run(given: dict[str, Any]) -> dict[str, Any]:
     """A run's own data, crops and loader, where nothing else is asked for."""
-    path = Path(str(given.get("source", ""))) / "config.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    return {key: saved[key] for key in ("data", "augment", "loader") if key in saved}
+    saved = inherited.settings_of(given.get("source"))
+    return inherited.data_of(saved, given) | {key: saved[key] for key in ("augment",) if key in saved}
 
 
 if __name__ == "__main__":

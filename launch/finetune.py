@@ -13,16 +13,15 @@ when a rank is lost the others name it and exit with code 76.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
-from fasttrain import cli, distributed, engine, export, plots
+from fasttrain import cli, distributed, engine, export, inherited, plots
 from fasttrain.attacks import AttackConfig
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
@@ -30,7 +29,7 @@ from fasttrain.data.order import Order
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
 from fasttrain.evaluation.online import catalog_features, thin
 from fasttrain.evaluation.robust import OnlineRobust, RobustConfig
-from fasttrain.export import load_encoder
+from fasttrain.export import ExportConfig, load_encoder
 from fasttrain.models import Encoder, ModelConfig
 from fasttrain.models.reference import keep_in_evaluation
 from fasttrain.objectives import FareConfig, Reference, fare, fare_one_sided, surrogate_one_sided
@@ -58,6 +57,8 @@ class OnlineRobustConfig(RobustConfig):
 
     every_steps: int = Field(1000, ge=0)
     "steps between two evaluations (and before the first step and after the last); 0: never"
+
+    reads: ClassVar[dict[str, Where]] = {"attack": Where("every_steps"), "images": Where("every_steps")}
 
 
 class FinetuneConfig(Config):
@@ -87,6 +88,14 @@ class FinetuneConfig(Config):
     train: engine.TrainConfig = engine.TrainConfig(steps=20000, batch=256)
     classifier: ClassifierConfig = ClassifierConfig()
     robust: OnlineRobustConfig = OnlineRobustConfig(images=10000)
+    export: ExportConfig = ExportConfig()
+
+    reads: ClassVar[dict[str, Where]] = {"classifier": Where("classifies", why="robust.every_steps=0")}
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a linear classifier has a use: to measure accuracy, or to attack."""
+        return bool(self.robust.every_steps) or self.fare.against == "cross_entropy"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> FinetuneConfig:
@@ -113,20 +122,23 @@ class FinetuneConfig(Config):
 
 def finetune(config: FinetuneConfig) -> int:
     device = distributed.initialize(config.train.device, deterministic=config.train.deterministic)
-    encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
+    begun = distributed.on_rank_zero(lambda: any(Path(config.run.dir, "checkpoints").glob("step-*")))
+    there = begun and config.model is not None  # the source's weights come with the checkpoint
+    encoder = Encoder(config.model) if there else distributed.agree(lambda: load_encoder(config.source, config.model))
+    encoder = encoder.to(device)
     config = config.model_copy(update={"train": config.train.on(device), "model": encoder.config})
     torch.manual_seed(config.run.seed)
     with Run(config.run) as run:
         parts = distributed.agree(lambda: build(config, encoder, device))
         run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
         fingerprint = parts.catalogs[0].fingerprint
-        begun = distributed.on_rank_zero(lambda: any(run.checkpoints.glob("step-*")))
         if parts.classifier is not None and not begun:  # else it comes with the checkpoint
             fit_to_clean_features(parts.classifier, config, encoder, parts.catalogs[0], device)
         if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
             return cli.EXIT_SAVED_ON_SIGNAL
         if distributed.rank() == 0:
-            weights = export.export(encoder, run.dir, step=parts.plan.steps, finetuned_from=config.source)
+            form = config.augment, config.export.normaliser
+            weights = export.export(encoder, run.dir, *form, step=parts.plan.steps, finetuned_from=config.source)
             print(summary(run, weights, plots.curves(run.dir, PANELS)))
     return 0
 
@@ -152,8 +164,8 @@ def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Par
     augment = SimCLR(config.augment, config.run.seed)
     loader = make_loader(config.loader, catalogs[0], order, augment, device, rank, world)
 
-    needed = config.robust.every_steps or config.fare.against == "cross_entropy"
-    classifier = nn.Linear(encoder.backbone.num_features, len(catalogs[0].classes)).to(device) if needed else None
+    outputs = len(catalogs[0].classes)
+    classifier = nn.Linear(encoder.backbone.num_features, outputs).to(device) if config.classifies else None
     reference = Reference(encoder, classifier)
     if config.fare.batchnorm == "eval":
         keep_in_evaluation(encoder)
@@ -199,11 +211,14 @@ def summary(run: Run, weights: Path, picture: Path) -> str:
 
 
 def of_source(given: dict[str, Any]) -> dict[str, Any]:
-    """The data, loader and image size of the run to start from, where nothing else is asked for."""
-    path = Path(str(given.get("source", ""))) / "config.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    sections = {key: saved[key] for key in ("data", "loader") if key in saved}
-    sizes = {key: saved["augment"][key] for key in ("size", "eval_crop")} if "augment" in saved else {}
+    """The data, loader and image size of the run to start from, where nothing else is asked for.
+
+    A run that goes on has them in its own folder, and the architecture too: it needs its source no more.
+    """
+    begun = inherited.settings_of_begun(given, FinetuneConfig.model_fields["run"].default.dir)
+    saved = begun or inherited.settings_of(given.get("source"))
+    sections = inherited.data_of(saved, given) | ({"model": begun["model"]} if "fare" in begun else {})
+    sizes = {key: saved["augment"][key] for key in ("size", "eval_crop") if key in saved.get("augment", {})}
     return sections | ({"augment": sizes} if sizes else {})
 
 

@@ -11,12 +11,12 @@ vanishes or changes while a run goes on is replaced in it, up to loader.bad_shar
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from fasttrain import cli
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.data.catalog import Catalog, DataConfig, Role, open_catalog
 from fasttrain.data.verify import verify
 
@@ -32,6 +32,11 @@ class BetonConfig(Config):
     """Of the JPEGs that are encoded anew."""
     jpeg_share: float = Field(0.5, ge=0, le=1)
     """Share of JPEGs in mode proportion."""
+
+    reads: ClassVar[dict[str, Where]] = {
+        **{name: Where("folder") for name in ("mode", "max_resolution", "quality")},
+        "jpeg_share": Where("mode", ("proportion",)),
+    }
 
 
 class PrepareConfig(Config):

@@ -2,6 +2,7 @@
 
   deepspeed launch/pretrain.py                                the embedded data set, a small ResNet: minutes on 2 cores
   deepspeed launch/pretrain.py configs/pretrain/simclr_imagenet.yaml data.root=/data/imagenet optimizer.lr=0.3
+  deepspeed launch/pretrain.py model.weights=runs/pretrain run.dir=runs/longer        from a run's weights, or anyone's
   torchrun --nproc-per-node 8 launch/pretrain.py ...          the same under torchrun
   python launch/pretrain.py ...                               one process
 
@@ -13,18 +14,19 @@ when a rank is lost the others name it and exit with code 76.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 
-from fasttrain import cli, distributed, engine, export, plots
-from fasttrain.config import Config
+from fasttrain import cli, distributed, engine, export, inherited, plots
+from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN
+from fasttrain.export import ExportConfig
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.objectives import build_objective, check_term
 from fasttrain.optim import OptimizerConfig
@@ -34,6 +36,16 @@ from fasttrain.step import Term, TrainStep
 from fasttrain.views import ViewedTermConfig, build_view
 
 
+class StartConfig(ModelConfig):
+    """The encoder, and what it starts from."""
+
+    weights: PathText | None = None
+    """start from the backbone of these weights, with new heads: a run's folder or anyone's weights of a ResNet, whose
+    arch, stem, width, mean and std hold where they are not given; null: from random weights"""
+
+    reads: ClassVar[dict[str, Where]] = {"zero_init_residual": Where("weights", (None,))}
+
+
 class PretrainConfig(Config):
     """Every part's own settings; the defaults are a run of minutes on 2 CPU cores."""
 
@@ -41,13 +53,14 @@ class PretrainConfig(Config):
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig(size=32, jitter=0.5, blur=0.0, eval_crop=1.0)
     loader: LoaderConfig = LoaderConfig()
-    model: ModelConfig = ModelConfig(arch="resnet18", stem="cifar", width=0.25, head=HeadConfig(width=128, out=64))
+    model: StartConfig = StartConfig(arch="resnet18", stem="cifar", width=0.25, head=HeadConfig(width=128, out=64))
     terms: dict[str, ViewedTermConfig] = Field(
         {"simclr": ViewedTermConfig(objective="nt_xent", temperature=0.2)}, min_length=1
     )
     optimizer: OptimizerConfig = OptimizerConfig(name="sgd", lr=0.5, weight_decay=1e-4, warmup_epochs=1)
     train: engine.TrainConfig = engine.TrainConfig(epochs=24, batch=128)
     evaluate: EvaluateConfig = EvaluateConfig(every_epochs=4)
+    export: ExportConfig = ExportConfig()
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -57,12 +70,17 @@ def pretrain(config: PretrainConfig) -> int:
     with Run(config.run) as run:
         parts = distributed.agree(lambda: build(config, device))
         run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
+        begun = distributed.on_rank_zero(lambda: any(run.checkpoints.glob("step-*")))
+        if config.model.weights is not None and not begun:  # else they come with the checkpoint
+            distributed.agree(lambda: export.load_backbone(parts.module.encoder, config.model.weights))
         fingerprint = parts.catalogs[0].fingerprint
         if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
             return cli.EXIT_SAVED_ON_SIGNAL
         if distributed.rank() == 0:
-            weights = export.export(parts.module.encoder, run.dir, step=parts.plan.steps)
-            print(summary(run, weights, plots.curves(run.dir)))
+            form = config.augment, config.export.normaliser
+            weights = export.export(parts.module.encoder, run.dir, *form, step=parts.plan.steps)
+            start = "untrained" if config.model.weights is None else f"from {config.model.weights}"
+            print(summary(run, weights, plots.curves(run.dir), start))
     return 0
 
 
@@ -105,7 +123,7 @@ def build(config: PretrainConfig, device: torch.device) -> Parts:
     return Parts(catalogs, loader, TrainStep(encoder, terms), plan, evaluations)
 
 
-def summary(run: Run, weights: Path, picture: Path) -> str:
+def summary(run: Run, weights: Path, picture: Path, start: str) -> str:
     """What a person wants to know at the end."""
     metrics = read_metrics(run.dir / "metrics.jsonl")
     rates = sorted(line["images_per_second"] for line in metrics if "images_per_second" in line)
@@ -113,12 +131,23 @@ def summary(run: Run, weights: Path, picture: Path) -> str:
     lines = {"run": run.dir, "weights": weights, "picture": picture}
     if knn:
         lines = {
-            "kNN accuracy": f"{100 * knn[-1]:.1f} % trained, {100 * knn[0]:.1f} % the same encoder untrained"
+            "kNN accuracy": f"{100 * knn[-1]:.1f} % trained, {100 * knn[0]:.1f} % the same encoder {start}"
         } | lines
     if rates:
         lines = {"images per second": f"{rates[len(rates) // 2]:.1f}"} | lines
     return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())
 
 
+def of_weights(given: dict[str, Any]) -> dict[str, Any]:
+    """What the weights to start from say of themselves; a run that goes on has it in its own folder."""
+    model = given.get("model")
+    weights = model.get("weights") if isinstance(model, dict) else None
+    if not isinstance(weights, str) or not weights:
+        return {}
+    begun = inherited.settings_of_begun(given, RunConfig().dir)
+    found = begun.get("model") or export.read_source(str(Path(weights).expanduser())).model.model_dump()
+    return {"model": {name: found[name] for name in export.WHAT_IT_IS if name in found}}
+
+
 if __name__ == "__main__":
-    cli.main(PretrainConfig, pretrain, __doc__)
+    cli.main(PretrainConfig, pretrain, __doc__, base=of_weights)

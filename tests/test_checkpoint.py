@@ -242,7 +242,7 @@ def test_what_evaluations_found_is_written_beside_the_checkpoint_that_is_still_o
 
 UNPICKLERS = {
     ("fasttrain/data/cifar.py", "pickle.Unpickler"),  # names what it may find: arrays and their parts
-    ("fasttrain/export.py", "torch.load"),  # weights_only: tensors alone
+    ("fasttrain/weights/files.py", "torch.load"),  # weights_only: tensors alone, and inert stand-ins
 }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from pydantic import Field
 
-from fasttrain.config import Config, describe, differences, load, to_yaml
+from fasttrain.config import Config, Where, describe, differences, load, to_yaml
 from fasttrain.errors import UsageError
+from tests.test_launch import script
 
 
 class Inner(Config):
@@ -80,3 +83,77 @@ def test_help_shows_the_schemas_own_defaults_of_a_section():
 def test_help_lists_every_key_with_its_meaning():
     text = "\n".join(describe(Outer))
     assert "inner.lr" in text and "peak learning rate" in text and "steps" in text
+
+
+class Partly(Config):
+    kind: str = "plain"
+    depth: int = 1
+    size: int = 2
+    inner: Inner = Inner()
+
+    reads: ClassVar[dict[str, Where]] = {"depth": Where("kind", ("deep",)), "inner": Where("size")}
+
+
+class Parts(Config):
+    part: Partly = Partly(depth=5)
+    named: dict[str, Partly] = Field({"a": Partly()})
+
+
+def lines(*arguments: str) -> list[str]:
+    said: list[str] = []
+    load(Parts, list(arguments), say=said.append)
+    return said
+
+
+def test_what_is_given_and_nothing_reads_is_said():
+    assert lines("part.depth=3") == ["WARNING: part.depth=3 is given and not used: part.kind=plain"]
+    assert lines("part.size=0", "part.inner.lr=0.5") == [
+        "WARNING: part.inner.lr=0.5 is given and not used: part.size=0"
+    ]
+    assert lines("named.a.depth=3") == ["WARNING: named.a.depth=3 is given and not used: named.a.kind=plain"]
+
+
+def test_what_is_read_or_the_usual_or_not_given_is_not_said():
+    assert not lines("part.depth=3", "part.kind=deep")
+    assert not lines("part.depth=5") and not lines("part.kind=other") and not lines("part.size=3", "part.inner.lr=0.5")
+
+
+@pytest.mark.parametrize(
+    ("script_name", "arguments", "said"),
+    [
+        (
+            "pretrain",
+            ["optimizer.betas=[0.5,0.9]"],
+            "optimizer.betas=(0.5, 0.9) is given and not used: optimizer.name",
+        ),
+        (
+            "pretrain",
+            ["optimizer.cycle_epochs=3"],
+            "optimizer.cycle_epochs=3.0 is given and not used",
+        ),
+        ("pretrain", ["train.steps=5", "train.epochs=7"], "train.epochs=7 is given and not used: train.steps=5"),
+        (
+            "pretrain",
+            ["evaluate.every_epochs=0", "evaluate.knn.neighbours=3"],
+            "evaluate.knn.neighbours=3 is given and not used: evaluate.every_epochs=0",
+        ),
+        (
+            "pretrain",
+            ["terms.simclr.penalty.precision=fp32"],
+            "terms.simclr.penalty.precision=fp32 is given and not used: terms.simclr.penalty.weight=0",
+        ),
+        ("finetune", ["source=x", "optimizer.name=sgd", "optimizer.betas=[0.5,0.9]"], "optimizer.betas=(0.5, 0.9)"),
+        ("finetune", ["source=x", "robust.every_steps=0", "classifier.batch=3"], "classifier.batch=3 is given and not"),
+        ("eval", ["task=knn", "source=x", "robust.images=5"], "robust.images=5 is given and not used: task=knn"),
+        ("eval", ["task=knn", "source=x", "augment.flip=0.1"], "augment.flip=0.1 is given and not used: augment.an"),
+        ("prepare", ["beton.quality=50"], "beton.quality=50 is given and not used: beton.folder=None"),
+    ],
+)
+def test_the_scripts_say_what_they_do_not_read(script_name, arguments, said):
+    module, found = script(script_name), []
+    schema = getattr(module, f"{script_name.capitalize()}Config")
+    load(schema, arguments, say=found.append)
+    assert len(found) == 1 and said in found[0]
+    usual = [argument for argument in arguments if argument.startswith(("task", "source"))]
+    load(schema, usual, say=found.append)
+    assert len(found) == 1

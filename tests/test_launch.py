@@ -81,7 +81,7 @@ def run(launcher: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def pretrain_here(*arguments: str) -> int:
     module = script("pretrain")
-    return module.pretrain(load(module.PretrainConfig, [*SMALL, *arguments]))
+    return module.pretrain(load(module.PretrainConfig, [*SMALL, *arguments], module.of_weights))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -206,12 +206,61 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_a_line(images, tm
 
 def test_a_resume_that_contradicts_its_checkpoint_names_the_keys(images, undisturbed, tmp_path):
     folder = copy_of(undisturbed, tmp_path)
-    with pytest.raises(UsageError, match=r"optimizer.lr: .* -> 0.07; train.steps: 6 -> 9"):
+    with pytest.raises(
+        UsageError, match=r"optimizer.lr: .* -> 0.07; train.steps: 6 -> 9.* made longer.*model.weights="
+    ):
         pretrain_here(f"data.root={images}", f"run.dir={folder}", "optimizer.lr=0.07", "train.steps=9")
     other = Path(shutil.copytree(images, tmp_path / "other"))
     (other / "train/cat/0.jpg").unlink()
     with pytest.raises(UsageError, match="begun on other images"):
         pretrain_here(f"data.root={other}", f"run.dir={folder}")
+
+
+def test_a_run_of_an_older_version_lacks_new_settings_and_goes_on(images, undisturbed, tmp_path):
+    from fasttrain.checkpoint import contradictions
+
+    module = script("pretrain")
+    config = load(module.PretrainConfig, [*SMALL, f"data.root={images}"])
+    saved = config.model_dump(mode="json")
+    del saved["optimizer"]["schedule"], saved["export"], saved["model"]["weights"]
+    assert not contradictions(config, {"config": saved})
+    other = load(module.PretrainConfig, [*SMALL, f"data.root={images}", "optimizer.schedule=constant"])
+    assert contradictions(other, {"config": saved}) == ["optimizer.schedule: cosine -> constant"]
+
+
+def weights_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(str(folder / f"checkpoints/step-{step:08d}/model.safetensors"))
+
+
+def test_a_finished_run_of_a_constant_schedule_is_made_longer_as_if_it_had_been_so(images, tmp_path):
+    given = [f"data.root={images}", "optimizer.schedule=constant", "evaluate.every_epochs=1"]
+    for folder, steps in (("whole", 5), ("parts", 3), ("parts", 5)):
+        assert pretrain_here(*given, f"run.dir={tmp_path / folder}", f"train.steps={steps}") == 0
+    whole, parts = (weights_of(tmp_path / folder, 5) for folder in ("whole", "parts"))
+    assert all(whole[name].equal(parts[name]) for name in whole)
+    assert json.loads((tmp_path / "parts/encoder.json").read_text())["step"] == 5
+    with pytest.raises(UsageError, match=r"has taken 5 steps, and train.steps or train.epochs ask for 4"):
+        pretrain_here(*given, f"run.dir={tmp_path / 'parts'}", "train.steps=4")
+
+
+def test_pretraining_starts_from_a_runs_weights_and_goes_on_without_them(images, undisturbed, tmp_path, capfd):
+    source, folder = copy_of(undisturbed, tmp_path), tmp_path / "run"
+    given = [f"data.root={images}", f"run.dir={folder}", f"model.weights={source}", "train.steps=2"]
+    given += ["run.save_every=1", "optimizer.lr=1e-9", "export.normaliser=inside"]
+    assert pretrain_here(*given) == 0
+    assert "the backbone starts from" in capfd.readouterr().err
+    first, theirs = weights_of(folder, 1), weights_of(undisturbed, 6)
+    backbone = [name for name in theirs if name.startswith("encoder.backbone.") and "weight" in name]
+    assert all(torch.allclose(first[name], theirs[name], atol=1e-5) for name in backbone)
+    assert not torch.allclose(first["encoder.head.0.weight"], theirs["encoder.head.0.weight"], atol=1e-3)
+    card = json.loads((folder / "encoder.json").read_text())
+    assert card["model"]["weights"] == str(source) and card["input"]["normaliser"] == "inside"
+    shutil.rmtree(source)
+    shutil.rmtree(folder / "checkpoints/step-00000002")
+    assert pretrain_here(*given) == 0
+    assert metrics(folder)[0]["knn_top1"] == metrics(undisturbed)[-1]["knn_top1"]
+    with pytest.raises(UsageError, match=r"model.weights: .* -> .*other"):
+        pretrain_here(*given, f"model.weights={tmp_path / 'other'}")
 
 
 def test_a_folder_that_a_live_run_holds_is_refused(images, tmp_path):

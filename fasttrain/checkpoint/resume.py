@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ MAY_CHANGE = (
     "run.",
     "loader.",
     "evaluate.",
+    "export.",
     "data.root",
     "data.cache",
     "data.download",
@@ -31,6 +33,8 @@ MAY_CHANGE = (
 )
 "Keys that a resumed run may give another value: they do not move the trajectory."
 MAY_NOT = "run.seed"
+LENGTH = ("train.epochs:", "train.steps:")
+"Of a schedule that does not depend on its length these may change too."
 
 
 class Start(NamedTuple):
@@ -40,7 +44,7 @@ class Start(NamedTuple):
     skipped: int = 0  # steps before it that were skipped since something was not finite
 
 
-def resume(run: Run, engine, config: Config, data: str, loss_scale=None) -> Start:
+def resume(run: Run, engine, config: Config, data: str, steps: int, loss_scale=None) -> Start:
     """Put ``engine`` where the run's newest whole checkpoint left it; ``Start(0)`` when there is none.
 
     Rank 0 reads and checks, and sends the others the bytes it checked: the disk is read once, whatever the number of
@@ -48,6 +52,7 @@ def resume(run: Run, engine, config: Config, data: str, loss_scale=None) -> Star
 
     Args:
         data: fingerprint of the training split, which must be the one that the checkpoint saw.
+        steps: that the run is to have taken at its end, at least those of the checkpoint.
 
     Raises:
         UsageError: no checkpoint is whole, or the configuration or the data contradict it.
@@ -65,7 +70,13 @@ def resume(run: Run, engine, config: Config, data: str, loss_scale=None) -> Star
     if lines := contradictions(config, state):
         raise UsageError(
             f"run.dir={run.dir} was begun with other settings ({'; '.join(lines)}): "
-            "give the saved values, or choose another folder with run.dir=…",
+            "give the saved values, or choose another folder with run.dir=…" + _longer(run, config, lines),
+            everywhere=True,
+        )
+    if steps < state["step"]:
+        raise UsageError(
+            f"run.dir={run.dir} has taken {state['step']} steps, and train.steps or train.epochs ask for {steps}: ask "
+            "for no fewer, or choose another folder with run.dir=…",
             everywhere=True,
         )
     if state["data"] != data:
@@ -84,11 +95,35 @@ def resume(run: Run, engine, config: Config, data: str, loss_scale=None) -> Star
 
 def contradictions(config: Config, state: dict[str, Any]) -> list[str]:
     """Keys by which ``config`` would leave the trajectory of the checkpoint, each as ``key: saved -> asked``."""
+    may_change = MAY_CHANGE if config.optimizer.depends_on_total else MAY_CHANGE + LENGTH
     return [
         line
-        for line in differences(config, state["config"])
-        if not line.startswith(MAY_CHANGE) or line.startswith(f"{MAY_NOT}:")
+        for line in differences(config, _completed(config, state["config"]))
+        if not line.startswith(may_change) or line.startswith(f"{MAY_NOT}:")
     ]
+
+
+def _completed(config: Config, saved: dict[str, Any]) -> dict[str, Any]:
+    """``saved`` with the defaults of the settings that the version that wrote it did not have."""
+    complete = dict(saved)
+    for name, field in type(config).model_fields.items():
+        section = getattr(config, name)
+        if isinstance(section, Config) and isinstance(saved.get(name, {}), dict):
+            complete[name] = _completed(section, saved.get(name, {}))
+        elif name not in saved and not field.is_required():
+            complete[name] = json.loads(json.dumps(field.get_default(call_default_factory=True)))
+    return complete
+
+
+def _longer(run: Run, config: Config, lines: list[str]) -> str:
+    """How a run whose schedule ends with it is made longer, where that was asked for."""
+    if not any(line.startswith(LENGTH) for line in lines):
+        return ""
+    start = "source" if "source" in type(config).model_fields else "model.weights"
+    return (
+        f"; with optimizer.schedule={config.optimizer.schedule} a run cannot be made longer, since the learning rates "
+        f"of the steps it took follow from its length: start another from its weights, {start}={run.dir} run.dir=…"
+    )
 
 
 def _everywhere(found: Checkpoint | None) -> Checkpoint | None:

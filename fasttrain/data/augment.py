@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import permutations
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 
 CROP_TRIES = 10
 """Boxes tried before the central fallback, as in torchvision's RandomResizedCrop."""
@@ -69,6 +69,8 @@ class AugmentConfig(Config):
     """probability of inverting the values >= 0.5"""
     eval_crop: float = Field(0.875, gt=0, le=1)
     """side of the central square seen in evaluation, as a share of the image's shorter side"""
+
+    reads: ClassVar[dict[str, Where]] = {"jitter": Where("jitter_p"), "sigma": Where("blur")}
 
     @model_validator(mode="after")
     def _ordered_ranges(self) -> AugmentConfig:

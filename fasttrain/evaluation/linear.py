@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.distributed import all_reduce
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.accuracy import count_classes, hits
@@ -28,6 +28,13 @@ class LinearConfig(Config):
     """Share of the training images that the choice of l2 is made on; the last fit uses them too."""
     iterations: int = pydantic.Field(default=200, ge=1)
     """L-BFGS iterations a fit at most."""
+
+    reads: ClassVar[dict[str, Where]] = {"held_out": Where("chooses", why="there is one l2")}
+
+    @property
+    def chooses(self) -> bool:
+        """Whether one of several l2 is to be chosen."""
+        return len(self.l2) > 1
 
 
 class LinearAccuracy(NamedTuple):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from fasttrain import distributed
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.data import Batch
 from fasttrain.data.augment import AugmentConfig, CentreCrop
 from fasttrain.data.catalog import Catalog
@@ -30,6 +31,8 @@ class EvaluateConfig(Config):
     bank: int | None = Field(None, ge=1)
     "training images in the bank, evenly spaced over the listing; null: all"
     knn: KNNConfig = KNNConfig()
+
+    reads: ClassVar[dict[str, Where]] = {name: Where("every_epochs") for name in ("batch", "bank", "knn")}
 
 
 class OnlineKNN:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 from torch import Tensor, nn
 
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.models.batchnorm import BatchNorm1d
 
 
@@ -20,6 +20,8 @@ class HeadConfig(Config):
     """Dimensions of the projection."""
     predictor: int = pydantic.Field(default=0, ge=0)
     """Hidden width of SimSiam's predictor on the projection, usually out/4; 0 for none."""
+
+    reads: ClassVar[dict[str, Where]] = {"width": Where("layers"), "out": Where("layers")}
 
     @pydantic.model_validator(mode="after")
     def _predictor_has_projections(self) -> HeadConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
@@ -181,6 +182,28 @@ def check_stem(architecture: str, stem: str) -> None:
         raise ValueError(f"stem={stem}: resnet12 has no stem, its first block sees the pixels; set stem=none")
     if architecture != "resnet12" and stem == "none":
         raise ValueError(f"stem=none: {architecture} needs a stem; set stem=imagenet, or stem=cifar for small images")
+
+
+class Shape(NamedTuple):
+    """What the names and shapes of a ResNet's weights say of it."""
+
+    arch: Architecture
+    stem: Stem
+    width: float
+
+
+def recognised(weights: Mapping[str, Tensor]) -> Shape | None:
+    """The ResNet whose weights these look like, under torchvision's names; None where it is none of ours."""
+    first = {name: weights.get(name) for name in ("conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv3.weight")}
+    stem, first, third = first.values()
+    depths = tuple(len({k.split(".")[1] for k in weights if k.startswith(f"layer{stage}.")}) for stage in range(1, 5))
+    block = BasicBlock if third is None else Bottleneck if third.shape[-1] == 1 else FewShotBlock
+    kernel = stem.shape[-1] if stem is not None and stem.ndim == 4 else None
+    found = next((a for a, plan in _PLANS.items() if (plan.block, plan.depths) == (block, depths)), None)
+    kind = {7: "imagenet", 3: "cifar", None: "none"}.get(kernel)
+    if found is None or kind is None or (kind == "none") != (found == "resnet12"):
+        return None
+    return Shape(found, kind, first.shape[0] / _PLANS[found].channels[0])
 
 
 def _shortcut(inplanes: int, planes: int, stride: int, sync: bool) -> nn.Sequential | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import pydantic
 
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.errors import UsageError
 from fasttrain.models import ModelConfig
 from fasttrain.objectives.cross_entropy import cross_entropy, cross_entropy_one_sided
@@ -106,6 +106,13 @@ class TermConfig(Config):
     """Penalty on the image gradient."""
     layers: LayersConfig = LayersConfig()
     """Losses and penalties layer by layer."""
+
+    reads: ClassVar[dict[str, Where]] = {"penalty": Where("penalised", why="penalty.weight=0")}
+
+    @property
+    def penalised(self) -> bool:
+        """Whether there is a penalty at all."""
+        return bool(self.penalty.weight) or self.layers.beta is not None
 
     @pydantic.field_validator("objective")
     @classmethod

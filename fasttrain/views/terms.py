@@ -48,8 +48,7 @@ class ViewedTermConfig(TermConfig):
 
     @pydantic.model_validator(mode="after")
     def _view_fits(self) -> ViewedTermConfig:
-        penalised = self.penalty.weight or self.layers.beta is not None
-        if self.view.kind == "structured" and penalised and self.penalty.method == "finite_difference":
+        if self.view.kind == "structured" and self.penalised and self.penalty.method == "finite_difference":
             raise ValueError(
                 "penalty.method=finite_difference cuts the penalty's gradient to the adversary of "
                 "view.kind=structured: use penalty.method=double_backward"
