@@ -16,7 +16,8 @@ from fasttrain import checkpoint
 from fasttrain.config import resolve
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
-from fasttrain.run import replace_file
+from fasttrain.nonfinite import unusable
+from fasttrain.run import replace_file, say
 
 WEIGHTS, CARD = "encoder.safetensors", "encoder.json"
 
@@ -82,15 +83,25 @@ def load_encoder(source: str, model: ModelConfig | None = None) -> Encoder:
                 f"{name} is {shapes[1]} there and {shapes[0]} here"
             )
     encoder.backbone.load_state_dict(weights)
+    if found := unusable(encoder.backbone.state_dict()):
+        raise UsageError(f"'{source}' cannot be used: {found}; take weights from before the run diverged")
     return encoder.eval()
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
+    unreadable = None
     if (folder / WEIGHTS).exists():
-        weights, model = _read_file(folder / WEIGHTS)
-        if model is not None:
-            return weights, model
+        try:
+            weights, model = _read_file(folder / WEIGHTS)
+            if model is not None:
+                return weights, model
+        except UsageError as error:
+            unreadable = error
     found, _ = checkpoint.find(folder / "checkpoints")
+    if unreadable is not None:
+        if found is None:
+            raise unreadable
+        say(f"WARNING: {unreadable}; the weights of {found.path} are taken instead")
     if found is None:
         raise UsageError(f"'{folder}' holds neither {WEIGHTS} nor a checkpoint: is it the folder of a run?")
     prefix = "encoder.backbone."
@@ -107,5 +118,11 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     card = path.with_suffix(".json")
-    model = resolve(ModelConfig, json.loads(card.read_text())["model"]) if card.exists() else None
-    return weights, model
+    return weights, _read_card(card) if card.exists() else None
+
+
+def _read_card(card: Path) -> ModelConfig:
+    try:
+        return resolve(ModelConfig, json.loads(card.read_text())["model"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"'{card}' cannot be read as what an export writes ({error}): remove it") from None

@@ -12,11 +12,9 @@ when a rank is lost the others name it and exit with code 76.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -27,6 +25,7 @@ from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
+from fasttrain.evaluation.accuracy import percent
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
 from fasttrain.evaluation.online import catalog_features, thin
 from fasttrain.evaluation.robust import OnlineRobust, RobustConfig
@@ -37,6 +36,7 @@ from fasttrain.objectives import FareConfig, Reference, fare, fare_one_sided, su
 from fasttrain.optim import OptimizerConfig
 from fasttrain.precision import autocast_dtype
 from fasttrain.run import Run, RunConfig, read_metrics
+from fasttrain.source import settings_of
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import adversarial
 
@@ -126,8 +126,10 @@ def finetune(config: FinetuneConfig) -> int:
         if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
             return cli.EXIT_SAVED_ON_SIGNAL
         if distributed.rank() == 0:
-            weights = export.export(encoder, run.dir, step=parts.plan.steps, finetuned_from=config.source)
-            print(summary(run, weights, plots.curves(run.dir, PANELS)))
+            print(summary(run))
+            facts = {"step": parts.plan.steps, "finetuned_from": config.source}
+            print(f"{'weights':20s}{export.export(encoder, run.dir, **facts)}")
+            print(f"{'picture':20s}{plots.curves(run.dir, PANELS)}")
     return 0
 
 
@@ -168,7 +170,7 @@ def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Par
         autocast = autocast_dtype(config.train.precision)
         where = config.classifier.batch, catalogs[1], config.augment, config.loader
         robust = OnlineRobust(config.robust, *where, encoder, classifier, device, autocast)
-        evaluations = [engine.Callback(config.robust.every_steps, robust)]
+        evaluations = [engine.Callback(config.robust.every_steps, robust, robust.metrics)]
     return Parts(catalogs, loader, TrainStep(encoder, terms, prepare=reference), classifier, plan, evaluations)
 
 
@@ -187,23 +189,22 @@ def fit_to_clean_features(
     classifier.bias.copy_(found.bias)
 
 
-def summary(run: Run, weights: Path, picture: Path) -> str:
+def summary(run: Run) -> str:
     """What a person wants to know at the end."""
     metrics = read_metrics(run.dir / "metrics.jsonl")
     lines = {}
     for key in ("clean_top1", "robust_top1"):
         if values := [line[key] for line in metrics if key in line]:
-            lines[key] = f"{100 * values[-1]:.1f} % fine-tuned, {100 * values[0]:.1f} % the source"
-    lines |= {"run": run.dir, "weights": weights, "picture": picture}
+            lines[key] = f"{percent(values[-1])} fine-tuned, {percent(values[0])} the source"
+    lines |= {"run": run.dir}
     return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())
 
 
 def of_source(given: dict[str, Any]) -> dict[str, Any]:
     """The data, loader and image size of the run to start from, where nothing else is asked for."""
-    path = Path(str(given.get("source", ""))) / "config.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    saved = settings_of(str(given.get("source", "")))
     sections = {key: saved[key] for key in ("data", "loader") if key in saved}
-    sizes = {key: saved["augment"][key] for key in ("size", "eval_crop")} if "augment" in saved else {}
+    sizes = {key: value for key, value in saved.get("augment", {}).items() if key in ("size", "eval_crop")}
     return sections | ({"augment": sizes} if sizes else {})
 
 

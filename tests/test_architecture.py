@@ -14,12 +14,12 @@ LAYERS = [
     {"config"},
     {"distributed"},
     {"data", "models", "run", "stop", "watchdog"},
-    {"objectives", "attacks", "optim"},
+    {"objectives", "attacks", "optim", "output"},
     {"views"},
     {"step"},
     {"gradient_cache", "checkpoint"},
     {"nonfinite"},
-    {"engine", "evaluation", "plots", "export", "cli", "benchmarks", "doctor"},
+    {"engine", "evaluation", "plots", "export", "source", "cli", "benchmarks", "doctor"},
 ]
 "A part may import its own layer's data and models, and any layer before it."
 NEVER = [
