@@ -36,8 +36,8 @@ def settings_of(source: str) -> dict[str, dict[str, Any]]:
         sections = _sections(found and found.state.get("config"))
     except ValueError:
         raise UsageError(
-            f"'{path}' cannot be read ({reason}), and no checkpoint says what it said: move it away, and give data.root "
-            "and what else it should say"
+            f"'{path}' cannot be read ({reason}), and no checkpoint says what it said: move it away, and give "
+            "data.root and what else it should say"
         ) from None
     say(f"WARNING: '{path}' cannot be read ({reason}): what {found.path} says is taken instead")
     return sections

@@ -1,6 +1,6 @@
 """Features that are not finite: no metric is made of them, and where they come from is said.
 
-A NaN compares as neither more nor less than anything: left alone it would be the best of all scores, or the first class.
+A NaN is neither more nor less than anything: left alone it would be the best of all scores, or the first class.
 """
 
 from __future__ import annotations
@@ -44,10 +44,8 @@ def reason(module: nn.Module, autocast: torch.dtype | None, finite_in_fp32: Call
     if found := unusable(module.state_dict()):
         return f"the encoder's {found}"
     if autocast is not None and finite_in_fp32():
-        name = "fp16, which ends at 65,504" if autocast == torch.float16 else "bf16"
-        return f"they are finite in fp32, so it is the doing of {name}: set precision to fp32" + (
-            " or bf16" if autocast == torch.float16 else ""
-        )
+        remedy = "bf16, or fp32" if autocast == torch.float16 else "fp32"
+        return f"in fp32 they are, so it is the precision's doing: set precision={remedy} (of a run: train.precision)"
     return "its weights are finite, and what they give is too large for fp32: it has diverged"
 
 
