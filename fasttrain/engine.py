@@ -243,7 +243,7 @@ def fit(
         run.say(f"stopped by a signal; saved in {run.checkpoints}: the same command goes on from there")
     elif distributed.rank() == 0:
         if found := unusable(engine.module.state_dict()):
-            run.say(f"WARNING: the encoder has diverged and cannot be used: {found}")
+            run.say(f"WARNING: the model has diverged: {found}")
         if checkpoint.lacks_best(run.checkpoints, run.config):
             metric = run.config.best_metric
             run.say(f"WARNING: run.keep_best: at no checkpoint was {metric} finite, so none is kept as the best")

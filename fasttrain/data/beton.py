@@ -59,9 +59,9 @@ def read_listing(path: str | Path) -> Listing:
     samples = beton.samples
     full = int(sidecar.get("count") or samples["id"][-1] + 1)
     classes = sidecar.get("classes") or [str(label) for label in range(int(samples["label"].max()) + 1)]
-    if full <= samples["id"][-1] or not 0 <= samples["label"].min() <= samples["label"].max() < len(classes):
+    if full <= samples["id"][-1] or len(classes) <= samples["label"].max():
         raise UsageError(
-            f"'{path}' has samples beyond the {full:,} of {len(classes):,} classes that its sidecar counts"
+            f"'{path}' has samples beyond the {full:,} of {len(classes):,} classes in its sidecar: write it again"
         )
     labels, sizes = np.full(full, -1, np.int64), np.zeros((full, 2), np.int32)
     labels[samples["id"]] = samples["label"]
