@@ -183,7 +183,7 @@ class Run:
         names = (f"{path.name}.unreadable{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
         aside = next(place for place in map(path.with_name, names) if not os.path.lexists(place))
         path.rename(aside)
-        self.say(f"WARNING: {path} {why}: as it was it is now {aside.name}")
+        self.say(f"WARNING: {path} {why}: what was there is now {aside.name}")
 
     def progress(self, step: int) -> None:
         """``step`` steps are done: move the bar, and let the other ranks know."""

@@ -340,13 +340,34 @@ def test_the_place_of_an_evaluation_is_tried_first_and_the_table_printed_in_any_
         module.evaluate(config)
     assert "top1" not in capfd.readouterr().out
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    with pytest.raises(UsageError, match=r"'/dev/full' cannot be written \(No space .* output=…"):  # found at the end
+        evaluate_here("knn", undisturbed, "output=/dev/full")
+    assert "top1 " in capfd.readouterr().out
 
-    monkeypatch.setattr("fasttrain.output.replace_file", full)
-    with pytest.raises(UsageError, match=r"late\.json' cannot be written .* output=…"):
-        evaluate_here("knn", undisturbed, f"output={tmp_path / 'late.json'}")
-    assert "top1 " in capfd.readouterr().out and not list(tmp_path.glob("*late*"))
+
+@pytest.mark.parametrize(
+    ("name", "schema", "given", "work"),
+    [
+        ("prepare", "PrepareConfig", "beton.folder", "verify"),
+        ("bench", "StepBench", "output", "TASKS"),
+    ],
+)
+def test_places_of_results_are_tried_before_the_work(images, tmp_path, monkeypatch, name, schema, given, work):
+    (tmp_path / "file").write_text("")
+    module = script(name)
+    arguments = [f"{given}={tmp_path / 'file/there.json'}"]
+    arguments += [f"data.root={images}"] if name == "prepare" else ["task=step"]
+    config = load(getattr(module, schema), arguments)
+    monkeypatch.setattr(module, work, None)  # it comes to none
+    remedy = f"choose another place with {given}=…"
+    with pytest.raises(UsageError, match=rf"/file/there.* cannot be written \(.*{re.escape(remedy)}"):
+        getattr(module, name)(config)
+    assert not (images / "train/.fasttrain-manifest.json").exists()
+
+
+def test_a_benchmark_writes_no_two_results_to_one_place(tmp_path):
+    with pytest.raises(UsageError, match="name the numbers' file"):
+        script("bench").places_of(tmp_path / "bench.md", ["step"])
 
 
 def test_a_cut_card_and_an_unreadable_configuration_fall_back_on_the_checkpoint(undisturbed, tmp_path, capfd):
