@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from fasttrain.errors import UsageError
 from fasttrain_kernels.heap import keep_heap
@@ -126,10 +127,11 @@ def local_rank() -> int:
 
 
 def say(line: str) -> None:
-    """A line for the person who watches, from rank 0."""
+    """A line on standard error for the person who watches, from rank 0, without breaking a bar."""
     if rank() == 0:
-        with suppress(OSError):  # the terminal may be gone
-            print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be gone, and the work goes on
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
 
 
 def agree(work: Callable[[], T]) -> T:

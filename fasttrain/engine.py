@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from fasttrain.config import Config, Where
 from fasttrain.data import Batch
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order
-from fasttrain.errors import UsageError
-from fasttrain.nonfinite import Guard, step_if_finite
+from fasttrain.errors import NotFinite, UsageError
+from fasttrain.nonfinite import Guard, step_if_finite, unusable
 from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
 from fasttrain.precision import LossScale, Precision, autocast_dtype, decide
 from fasttrain.run import Run, read_metrics
@@ -115,6 +116,8 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
     if config.deepspeed is not None:
         try:
             extra = json.loads(Path(config.deepspeed).read_text())
+            if not isinstance(extra, dict) or not isinstance(extra.get("zero_optimization", {}), dict):
+                raise ValueError("DeepSpeed's settings are an object, and so is its zero_optimization")
         except (OSError, ValueError) as error:
             raise UsageError(f"train.deepspeed={config.deepspeed} cannot be read as JSON: {error}") from None
         for key in sorted(extra.keys() & OWNED.keys()):
@@ -172,6 +175,7 @@ class Callback(NamedTuple):
 
     every: int
     function: Callable[[int], dict[str, float]]
+    metrics: tuple[str, ...] = ()  # what is NaN where the function raises NotFinite
 
 
 class Plan(NamedTuple):
@@ -247,14 +251,24 @@ def fit(
     loader.close()
     if not finished:
         run.say(f"stopped by a signal; saved in {run.checkpoints}: the same command goes on from there")
+    elif distributed.rank() == 0:
+        if found := unusable(engine.module.state_dict()):
+            run.say(f"WARNING: the model has diverged: {found}")
+        if checkpoint.lacks_best(run.checkpoints, run.config):
+            metric = run.config.best_metric
+            run.say(f"WARNING: run.keep_best: at no checkpoint was {metric} finite, so none is kept as the best")
     return finished
 
 
 def evaluate(run: Run, evaluations: Sequence[Callback], step: int) -> dict[str, float]:
-    """Make the evaluations of ``step`` and report them in one line."""
+    """Make the evaluations of ``step`` and report them in one line; what cannot be measured is NaN, and why is said."""
     found: dict[str, float] = {}
     for evaluation in evaluations:
-        found |= evaluation.function(step)
+        try:
+            found |= evaluation.function(step)
+        except NotFinite as failure:
+            run.say(f"WARNING: {', '.join(evaluation.metrics)} of step {step} cannot be measured: {failure}")
+            found |= dict.fromkeys(evaluation.metrics, math.nan)
     if found:
         run.report(step, found)
     return found

@@ -1,4 +1,4 @@
-"""The one exception that reaches a person as a line instead of a traceback."""
+"""The exceptions that reach a person as a line instead of a traceback."""
 
 
 class UsageError(Exception):
@@ -10,3 +10,13 @@ class UsageError(Exception):
     def __init__(self, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class NotFinite(UsageError):
+    """Features, scores or weights of which no metric can be made; the message says which, and why where that is known.
+
+    Raised on all ranks together. A command ends with it; while training, the metric is NaN and this its line.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, everywhere=True)

@@ -17,6 +17,7 @@ from fasttrain.data.augment import AugmentConfig
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.models.resnet import recognised
+from fasttrain.nonfinite import unusable
 from fasttrain.run import replace_file
 from fasttrain.weights import encoder_in, read
 
@@ -151,6 +152,8 @@ def read_source(source: str, given: ModelConfig | None = None) -> Source:
     if not exists:
         raise UsageError(f"no run or weights at '{source}': give a run's folder or a .safetensors file")
     weights, card, notes = _read_run(path) if is_folder else _read_file(path)
+    if fault := unusable(weights):
+        raise UsageError(f"'{source}' cannot be used: {fault}; take weights from before the run diverged")
     values = given.model_dump(include=given.model_fields_set) if given is not None else {}
     if unused := [name for name in values if name not in WHAT_IT_IS + HOW_IT_RUNS]:
         named = ", ".join(f"model.{name}" for name in unused)

@@ -7,20 +7,42 @@ from typing import Any
 
 import yaml
 
-from fasttrain import distributed
+from fasttrain import checkpoint, distributed
 from fasttrain.data.catalog import DataConfig
 from fasttrain.data.loader import LoaderConfig
+from fasttrain.errors import UsageError
 
 
-def settings_of(folder: Any) -> dict[str, Any]:
-    """The sections of the configuration that a run saved in ``folder``; none, with a line, where it cannot be read."""
-    path = Path(str(folder or "")).expanduser() / "config.yaml"
+def settings_of(folder: Any) -> dict[str, dict[str, Any]]:
+    """The sections of the configuration of the run in ``folder``; {} where it is no run's.
+
+    They are read from ``config.yaml``, and where that cannot be read, with a line, from the newest whole checkpoint.
+
+    Raises:
+        UsageError: neither can be read.
+    """
+    folder = Path(str(folder or "")).expanduser()
+    path, checkpoints = folder / "config.yaml", folder / "checkpoints"
     try:
-        saved = yaml.safe_load(path.read_bytes()) if path.is_file() else {}
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        distributed.say(f"WARNING: '{path}' cannot be read ({' '.join(str(error).split())[:100]}): it is passed over")
-        return {}
-    return {key: value for key, value in _mapping(saved).items() if isinstance(value, dict)}
+        if not folder.is_dir():
+            return {}
+        return _sections(yaml.safe_load(path.read_text()))
+    except FileNotFoundError as error:
+        if not any(checkpoints.glob("step-*")):
+            return {}
+        reason = error.strerror
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+    found, _ = checkpoint.find(checkpoints)
+    try:
+        sections = _sections(found and found.state.get("config"))
+    except ValueError:
+        raise UsageError(
+            f"'{path}' cannot be read ({reason}), and no checkpoint says what it said: move it away, and give "
+            "data.root and what else it should say"
+        ) from None
+    distributed.say(f"WARNING: '{path}' cannot be read ({reason}): what {found.path} says is taken instead")
+    return sections
 
 
 def settings_of_begun(given: dict[str, Any], default: str) -> dict[str, Any]:
@@ -48,6 +70,15 @@ def data_of(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(left)} {'is' if len(left) == 1 else 'are'} not taken over"
         )
     return {}
+
+
+def _sections(saved: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(saved, dict):
+        raise ValueError(f"it holds a {type(saved).__name__}, not the sections of a configuration")
+    for key in ("data", "augment", "loader"):
+        if not isinstance(saved.get(key, {}), dict):
+            raise ValueError(f"its {key} is {saved[key]!r}, not a section")
+    return {key: section for key, section in saved.items() if isinstance(section, dict)}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -135,13 +135,36 @@ def read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     """What the step was; the weights before it; each rank's random state, "<rank>/<name>".
 
     Raises:
-        UsageError: there is no bundle in ``folder``.
+        UsageError: there is no bundle in ``folder``, or not all of one.
     """
     try:
-        tensors = [safetensors.torch.load_file(str(folder / name)) for name in (WEIGHTS, RANDOM)]
-        return json.loads((folder / STEP).read_text()), *tensors
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UsageError(f"bundle={folder} cannot be read ({error}): give a run's not-finite-step-… folder") from None
+        step = json.loads((folder / STEP).read_text())
+        for key, kind in {"step": int, "what": str, "data": str, "schema": str, "config": dict, "ranks": list}.items():
+            if not isinstance(step[key], kind):
+                raise ValueError(f"'{key}' in {STEP} is {step[key]!r}"[:200])
+        if not step["ranks"] or not all(isinstance(part, list) for rank in step["ranks"] for part in rank["index"]):
+            raise ValueError(f"'ranks' in {STEP} have no lists of images")
+        weights, random = (safetensors.torch.load_file(str(folder / name)) for name in (WEIGHTS, RANDOM))
+        missing = {f"{rank:05d}/random.cpu" for rank in range(len(step["ranks"]))} - random.keys()
+        if missing:
+            raise ValueError(f"{RANDOM} lacks {min(missing)}")
+        return step, weights, random
+    except KeyError as error:
+        reason = f"{STEP} lacks {error}"
+    except (OSError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+    raise UsageError(f"bundle={folder} cannot be read ({reason}): give a run's not-finite-step-… folder, whole")
+
+
+def unusable(state: dict[str, Tensor]) -> str | None:
+    """The first of these weights and buffers that makes features NaN, and how; None where all are usable."""
+    for name, tensor in state.items():
+        count = int((~tensor.isfinite()).sum())
+        if count:
+            return f"{name} is not finite ({count:,} of {tensor.numel():,} values)"
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            return f"{name}, a variance, is negative ({int((tensor < 0).sum()):,} of {tensor.numel():,} values)"
+    return None
 
 
 def _by_kind(module: nn.Module) -> list[list[Tensor]]:
@@ -152,4 +175,4 @@ def _by_kind(module: nn.Module) -> list[list[Tensor]]:
     return list(kinds.values())
 
 
-__all__ = ["RANDOM", "STEP", "WEIGHTS", "Guard", "read_bundle", "step_if_finite"]
+__all__ = ["RANDOM", "STEP", "WEIGHTS", "Guard", "read_bundle", "step_if_finite", "unusable"]

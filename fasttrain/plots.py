@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from fasttrain.output import write_output
 from fasttrain.run import read_metrics
 
 PANELS = (("loss", "loss"), ("lr", "learning rate"), ("knn_top1", "kNN accuracy"))
 
 
 def curves(run_dir: Path, panels: Sequence[tuple[str, str]] = PANELS) -> Path:
-    """``curves.png`` of a run: each panel's (metric, title) against the step, from its ``metrics.jsonl``."""
+    """``curves.png`` of a run: each panel's (metric, title) against the step, from its ``metrics.jsonl``.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,6 +32,8 @@ def curves(run_dir: Path, panels: Sequence[tuple[str, str]] = PANELS) -> Path:
         )
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.savefig(run_dir / "curves.png", dpi=120)
+    picture, path = io.BytesIO(), run_dir / "curves.png"
+    figure.savefig(picture, dpi=120)
     pyplot.close(figure)
-    return run_dir / "curves.png"
+    write_output(path, picture.getvalue(), "free space and run the same command again")
+    return path

@@ -7,16 +7,20 @@
       lock                held while a run lives
       checkpoints/        step-00000500/ ..., latest
       metrics.jsonl       one JSON object a line: a training report or an evaluation, each with its step
-      tensorboard/
+      tensorboard/        the same
       bad_images.txt      images that could not be shown, and why, where there are any
       not-finite-step-00000123/    what launch/replay.py needs to take that step again
       curves.png  encoder.safetensors  encoder.json       when the run ends
+
+What is found there and cannot be read is renamed to ``….unreadable``, with a line; what can be read of it stays.
 """
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
+import math
 import os
 import socket
 import sys
@@ -35,6 +39,9 @@ from fasttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from fasttrain.data.damage import BadImages
+
+
+FILES = ("config.yaml", "metrics.jsonl", "bad_images.txt", "curves.png", "encoder.safetensors", "encoder.json")
 
 
 class RunConfig(Config):
@@ -92,7 +99,7 @@ class Run:
         self.dir = Path(config.dir)
         self.checkpoints = self.dir / "checkpoints"
         self._lock = self._metrics = self._tensorboard = self._bar = None
-        self._silent, self._bad_images = False, 0
+        self._silent, self._bad_images, self._bad_before = False, 0, b""
         distributed.on_rank_zero(self._hold)
         self.watchdog = Watchdog(config.heartbeat_timeout, config.hang_timeout)
 
@@ -104,7 +111,8 @@ class Run:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.dir / "lock", "a+")  # noqa: SIM115  (held for as long as the process lives)
+            # held for as long as the process lives
+            self._lock = open(self.dir / "lock", "a+", errors="replace")  # noqa: SIM115
         except OSError as error:
             raise UsageError(
                 f"run.dir={self.config.dir} cannot be written ({error.strerror}): choose another folder with run.dir=…"
@@ -113,8 +121,9 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
+            holder = " ".join(self._lock.read(200).split())
             raise UsageError(
-                f"run.dir={self.config.dir} is held by a live run ({self._lock.read().strip() or 'unknown'}): "
+                f"run.dir={self.config.dir} is held by a live run ({holder or 'unknown'}): "
                 "stop that run, or choose another folder with run.dir=…"
             ) from None
         except OSError as error:
@@ -146,14 +155,35 @@ class Run:
         self._total = total
 
     def _open_reports(self, config: Config, start: int) -> None:
-        path = self.dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
+        for path in [self.dir / name for name in FILES]:
+            if os.path.lexists(path) and not path.is_file():
+                self._set_aside(path, "is no file")
+        events = self.dir / "tensorboard"
+        if os.path.lexists(events) and not events.is_dir():
+            self._set_aside(events, "is no folder")
+        metrics, bad = self.dir / "metrics.jsonl", self.dir / "bad_images.txt"
+        lines, complaints = _parse(metrics)
+        if complaints:
+            stay = f"; its other {len(lines):,} lines stay" if start else ""
+            self._set_aside(metrics, f"has {len(complaints):,} lines that cannot be read ({complaints[0]}){stay}")
         replace_file(self.dir / "config.yaml", to_yaml(config))
-        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = path.open("a", buffering=1)
+        replace_file(metrics, "".join(_line(line) for line in lines if line["step"] <= start) if start else "")
+        self._metrics = metrics.open("a", buffering=1)
+        if start:
+            self._bad_before = bad.read_bytes() if bad.exists() else b""
+        else:
+            bad.unlink(missing_ok=True)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=start + 1)
+        # What an earlier life reported beyond ``start``, and where it saved nothing all of it, is not shown twice.
+        self._tensorboard = SummaryWriter(str(events), purge_step=start + 1 if start else 0)
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        """Rename what cannot be read: it is in nobody's way, and not lost."""
+        names = (f"{path.name}.unreadable{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+        aside = next(place for place in map(path.with_name, names) if not os.path.lexists(place))
+        path.rename(aside)
+        self.say(f"WARNING: {path} {why}: what was there is now {aside.name}")
 
     def progress(self, step: int) -> None:
         """``step`` steps are done: move the bar, and let the other ranks know."""
@@ -166,9 +196,10 @@ class Run:
         if self._metrics is None:
             return
         try:
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.write(_line({"step": step, **values}))
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()  # a kill leaves the two alike
             self._silent = False
         except OSError as error:
             self._unwritten(f"what step {step} reports", error)
@@ -191,10 +222,13 @@ class Run:
         )
 
     def list_bad_images(self, bad: BadImages) -> int:
-        """Write what all ranks agree on to ``bad_images.txt``, and return how many there are."""
+        """Add what all ranks agree on to ``bad_images.txt``, and return how many there are."""
         if distributed.rank() == 0 and len(bad.found) != self._bad_images:
             try:
-                replace_file(self.dir / "bad_images.txt", "".join(f"{complaint}\n" for complaint in bad.found.values()))
+                found = (complaint.encode(errors="backslashreplace") + b"\n" for complaint in bad.found.values())
+                known = set(self._bad_before.splitlines(keepends=True))
+                new = b"".join(line for line in found if line not in known)
+                replace_file(self.dir / "bad_images.txt", self._bad_before + new)
                 self._bad_images = len(bad.found)
             except OSError as error:
                 self._unwritten("the list of bad images", error)
@@ -208,10 +242,7 @@ class Run:
 
     def say(self, line: str) -> None:
         """A line for the person who watches, from rank 0, without breaking the bar."""
-        if distributed.rank() == 0:
-            with suppress(OSError):  # the terminal may be gone, and the run goes on
-                tqdm.write(line, file=sys.stderr)
-                sys.stderr.flush()
+        distributed.say(line)
 
     def __enter__(self) -> Run:
         return self
@@ -227,21 +258,67 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """The lines of a ``metrics.jsonl`` that can be read; a value that was not finite is NaN."""
+    try:
+        return _parse(path)[0]
+    except OSError:
+        return []
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines, and what is wrong with each of the others; a last line that a crash cut short is neither."""
+    *whole, cut = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    lines, complaints = [], []
+    for number, raw in enumerate(whole, 1):
+        line = _read_line(raw)
+        if isinstance(line, dict):
+            lines.append(line)
+        elif raw.strip():
+            complaints.append(f"line {number} {line}")
+    line = _read_line(cut)
+    if isinstance(line, dict):
+        lines.append(line)
+    elif cut.strip() and not (cut.startswith(b"{") and "JSON" in line):
+        complaints.append(f"line {len(whole) + 1} {line}")
+    return lines, complaints
+
+
+def _read_line(raw: bytes) -> dict[str, Any] | str:
+    """A line of ``metrics.jsonl``, or why it is none."""
+    try:
+        line = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    except (ValueError, RecursionError):
+        return "is not JSON"
+    step = line.get("step") if isinstance(line, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        return "is no object with a step"
+    values = {name: math.nan if value is None else value for name, value in line.items()}
+    return values if all(map(is_number, values.values())) else "has a value that is no number"
+
+
+def _line(values: dict[str, Any]) -> str:
+    """JSON, which knows no NaN and no infinity: they become null."""
+    plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file can be reckoned with: NaN can; true, and what exceeds a float, cannot."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``path``, where a kill on the way leaves what was there."""
+    """Write ``content`` to ``path``, where a failure or a kill on the way leaves what was there."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _short(value: Any) -> str:

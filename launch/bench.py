@@ -17,7 +17,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,11 @@ from fasttrain.benchmarks.machine import hardware, versions
 from fasttrain.benchmarks.step import StepBenchConfig, compare_steps
 from fasttrain.benchmarks.timing import Report, bars
 from fasttrain.config import Config
+from fasttrain.errors import UsageError
+from fasttrain.output import try_output, write_output
 from fasttrain_kernels.heap import keep_heap
+
+ELSEWHERE = "choose another place with output=…"
 
 
 class BenchConfig(Config):
@@ -94,6 +98,10 @@ def bench(config: BenchConfig) -> None:
     distributed.choose_algorithms(deterministic=False)
     if config.heap == "kept":
         keep_heap()
+    output = Path(config.output)
+    places = places_of(output, TASKS if config.task == "all" else [config.task])
+    for place in places.values():
+        try_output(place, ELSEWHERE)
     parts = {name: getattr(config, name) for name in TASKS} if config.task == "all" else {config.task: config}
     reports = {name: TASKS[name].run(part, config.rounds) for name, part in parts.items()}
     command = " ".join(["python", "launch/bench.py", *sys.argv[1:]])
@@ -106,18 +114,32 @@ def bench(config: BenchConfig) -> None:
         "config": config.model_dump(mode="json"),
         "rows": [{"task": name} | row for name, report in reports.items() for row in report.rows],
     }
-    output = Path(config.output)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    for name, report in reports.items():
-        chart = output.with_suffix(".png") if len(reports) == 1 else output.with_name(f"{output.stem}_{name}.png")
-        bars(report.bars, report.unit, chart)
     with_versions = ", ".join(f"{name} {version}" for name, version in found.items())
     lines = [f"# {config.task.capitalize()} on {machine}, {date}", f"`{command}`", f"{with_versions}."]
     for name, report in reports.items():
         lines += [f"## {name.capitalize()}"] * (len(reports) > 1) + [report.text]
     text = "\n\n".join(lines)
-    output.with_suffix(".md").write_text(text + "\n")
-    print(text)
+    print(text, flush=True)
+    write_output(places["table"], text + "\n", ELSEWHERE)
+    write_output(places["numbers"], json.dumps(result, indent=1) + "\n", ELSEWHERE)
+    for name, report in reports.items():
+        write_output(places[name], bars(report.bars, report.unit), ELSEWHERE)
+
+
+def places_of(output: Path, tasks: Iterable[str]) -> dict[str, Path]:
+    """Where the numbers, the table and each task's chart go.
+
+    Raises:
+        UsageError: two of them to one place.
+    """
+    tasks = list(tasks)
+    charts = [output.with_name(f"{output.stem}_{name}.png") for name in tasks]
+    if len(tasks) == 1:
+        charts = [output.with_suffix(".png")]
+    places = {"numbers": output, "table": output.with_suffix(".md"), **dict(zip(tasks, charts, strict=True))}
+    if len(set(places.values())) < len(places):
+        raise UsageError(f"output={output} is where the table or the chart goes: name the numbers' file, …json")
+    return places
 
 
 def schema_of(task: str) -> type[BenchConfig]:

@@ -6,7 +6,8 @@
   python launch/eval.py robust runs/finetune robust.attack.eps_255=4 robust.attack.steps=50 robust.images=1000
   torchrun --nproc-per-node 8 launch/eval.py knn …                        features and bank sharded over the ranks
 
-Features are extracted once. The table is printed and written as JSON, by default beside what is evaluated.
+Features are extracted once. The table is printed and written as JSON, by default beside what is evaluated;
+the place is tried first. Features or scores that are not finite are an error, which says whose doing it is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from fasttrain.evaluation.online import catalog_features, evaluation_batches, th
 from fasttrain.evaluation.robust import RobustConfig, robust_accuracy
 from fasttrain.export import load_encoder
 from fasttrain.models import ModelConfig
+from fasttrain.output import try_output, write_output
 from fasttrain.precision import Precision, autocast_dtype, decide
+
+ELSEWHERE = "choose another place with output=…"
 
 
 class CropConfig(AugmentConfig):
@@ -87,6 +91,9 @@ def evaluate(config: EvalConfig) -> None:
     device = distributed.initialize(config.device)
     began = time.perf_counter()
     encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
+    source = Path(config.source)
+    output = Path(config.output or (source if source.is_dir() else source.parent) / f"eval-{config.task}.json")
+    distributed.on_rank_zero(lambda: try_output(output, ELSEWHERE))
     catalogs = distributed.agree(lambda: [open_catalog(config.data, role) for role in ("train", "val")])
     autocast = autocast_dtype(decide(config.precision, device))
     shares = [thin(catalogs[0].indices, config.bank), catalogs[1].indices]
@@ -115,11 +122,9 @@ def evaluate(config: EvalConfig) -> None:
         **({"attack": config.robust.attack.model_dump()} if config.task == "robust" else {}),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    source = Path(config.source)
-    output = Path(config.output or (source if source.is_dir() else source.parent) / f"eval-{config.task}.json")
-    output.write_text(json.dumps(table, indent=1) + "\n")
     for name, value in found._asdict().items():
-        print(f"{name:16s}{100 * value:8.2f} %" if "top" in name else f"{name:16s}{value!s:>8}")
+        print(f"{name:16s}{100 * value:8.2f} %" if "top" in name else f"{name:16s}{value!s:>8}", flush=True)
+    write_output(output, json.dumps(table, indent=1) + "\n", ELSEWHERE)
     print(f"{'written to':16s}{output}")
 
 

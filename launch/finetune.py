@@ -12,7 +12,6 @@ when a rank is lost the others name it and exit with code 76.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
+from fasttrain.evaluation.accuracy import percent
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
 from fasttrain.evaluation.online import catalog_features, thin
 from fasttrain.evaluation.robust import OnlineRobust, RobustConfig
@@ -137,9 +137,11 @@ def finetune(config: FinetuneConfig) -> int:
         if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
             return cli.EXIT_SAVED_ON_SIGNAL
         if distributed.rank() == 0:
+            print(summary(run))
             form = config.augment, config.export.normaliser
             weights = export.export(encoder, run.dir, *form, step=parts.plan.steps, finetuned_from=config.source)
-            print(summary(run, weights, plots.curves(run.dir, PANELS)))
+            print(f"{'weights':20s}{weights}")
+            print(f"{'picture':20s}{plots.curves(run.dir, PANELS)}")
     return 0
 
 
@@ -180,7 +182,7 @@ def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Par
         autocast = autocast_dtype(config.train.precision)
         where = config.classifier.batch, catalogs[1], config.augment, config.loader
         robust = OnlineRobust(config.robust, *where, encoder, classifier, device, autocast)
-        evaluations = [engine.Callback(config.robust.every_steps, robust)]
+        evaluations = [engine.Callback(config.robust.every_steps, robust, robust.metrics)]
     return Parts(catalogs, loader, TrainStep(encoder, terms, prepare=reference), classifier, plan, evaluations)
 
 
@@ -199,14 +201,14 @@ def fit_to_clean_features(
     classifier.bias.copy_(found.bias)
 
 
-def summary(run: Run, weights: Path, picture: Path) -> str:
+def summary(run: Run) -> str:
     """What a person wants to know at the end."""
     metrics = read_metrics(run.dir / "metrics.jsonl")
     lines = {}
     for key in ("clean_top1", "robust_top1"):
         if values := [line[key] for line in metrics if key in line]:
-            lines[key] = f"{100 * values[-1]:.1f} % fine-tuned, {100 * values[0]:.1f} % the source"
-    lines |= {"run": run.dir, "weights": weights, "picture": picture}
+            lines[key] = f"{percent(values[-1])} fine-tuned, {percent(values[0])} the source"
+    lines |= {"run": run.dir}
     return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())
 
 

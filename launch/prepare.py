@@ -17,8 +17,10 @@ from pydantic import Field
 
 from fasttrain import cli
 from fasttrain.config import Config, Where
+from fasttrain.data import manifest
 from fasttrain.data.catalog import Catalog, DataConfig, Role, open_catalog
 from fasttrain.data.verify import verify
+from fasttrain.output import try_output
 
 
 class BetonConfig(Config):
@@ -50,6 +52,7 @@ class PrepareConfig(Config):
 
 def prepare(config: PrepareConfig) -> None:
     catalogs = [open_catalog(config.data, split, use_manifest=False) for split in config.splits]
+    try_places(config, catalogs)
     for catalog in catalogs:
         print(verify(catalog, config.data.cache_folder, config.workers), flush=True)
     if config.beton.folder is not None:
@@ -57,12 +60,24 @@ def prepare(config: PrepareConfig) -> None:
             write_beton(open_catalog(config.data, split), config.beton, config.workers)
 
 
+def try_places(config: PrepareConfig, catalogs: list[Catalog]) -> None:
+    """See that the results can be written, before the minutes of work that they take."""
+    for catalog in catalogs:
+        if catalog.names is not None:
+            manifest.try_save(catalog.root, config.data.cache_folder)
+        if config.beton.folder is not None:
+            try_output(beton_of(config.beton, catalog), "choose another place with beton.folder=…")
+
+
+def beton_of(settings: BetonConfig, catalog: Catalog) -> Path:
+    return Path(settings.folder).expanduser() / f"{catalog.split}.beton"
+
+
 def write_beton(catalog: Catalog, settings: BetonConfig, workers: int | None) -> None:
     from fasttrain.data import beton
 
-    folder = Path(settings.folder).expanduser()
     chosen = settings.model_dump(exclude={"folder"})
-    print("wrote", beton.write_beton(catalog, folder / f"{catalog.split}.beton", **chosen, workers=workers))
+    print("wrote", beton.write_beton(catalog, beton_of(settings, catalog), **chosen, workers=workers))
 
 
 if __name__ == "__main__":

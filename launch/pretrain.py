@@ -13,7 +13,6 @@ when a rank is lost the others name it and exit with code 76.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
+from fasttrain.evaluation.accuracy import percent
 from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN
 from fasttrain.export import ExportConfig
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
@@ -77,10 +77,12 @@ def pretrain(config: PretrainConfig) -> int:
         if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
             return cli.EXIT_SAVED_ON_SIGNAL
         if distributed.rank() == 0:
+            start = "untrained" if config.model.weights is None else f"from {config.model.weights}"
+            print(summary(run, start))
             form = config.augment, config.export.normaliser
             weights = export.export(parts.module.encoder, run.dir, *form, step=parts.plan.steps)
-            start = "untrained" if config.model.weights is None else f"from {config.model.weights}"
-            print(summary(run, weights, plots.curves(run.dir), start))
+            print(f"{'weights':20s}{weights}")
+            print(f"{'picture':20s}{plots.curves(run.dir)}")
     return 0
 
 
@@ -119,20 +121,19 @@ def build(config: PretrainConfig, device: torch.device) -> Parts:
     if config.evaluate.every_epochs:
         autocast = autocast_dtype(config.train.precision)
         knn = OnlineKNN(config.evaluate, catalogs, config.augment, config.loader, encoder, device, autocast)
-        evaluations = [engine.Callback(max(1, round(config.evaluate.every_epochs * plan.steps_per_epoch)), knn)]
+        every = max(1, round(config.evaluate.every_epochs * plan.steps_per_epoch))
+        evaluations = [engine.Callback(every, knn, knn.metrics)]
     return Parts(catalogs, loader, TrainStep(encoder, terms), plan, evaluations)
 
 
-def summary(run: Run, weights: Path, picture: Path, start: str) -> str:
+def summary(run: Run, start: str) -> str:
     """What a person wants to know at the end."""
     metrics = read_metrics(run.dir / "metrics.jsonl")
     rates = sorted(line["images_per_second"] for line in metrics if "images_per_second" in line)
     knn = [line["knn_top1"] for line in metrics if "knn_top1" in line]
-    lines = {"run": run.dir, "weights": weights, "picture": picture}
+    lines: dict[str, object] = {"run": run.dir}
     if knn:
-        lines = {
-            "kNN accuracy": f"{100 * knn[-1]:.1f} % trained, {100 * knn[0]:.1f} % the same encoder {start}"
-        } | lines
+        lines = {"kNN accuracy": f"{percent(knn[-1])} trained, {percent(knn[0])} the same encoder {start}"} | lines
     if rates:
         lines = {"images per second": f"{rates[len(rates) // 2]:.1f}"} | lines
     return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())

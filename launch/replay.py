@@ -41,8 +41,10 @@ class ReplayConfig(Config):
 def replay(config: ReplayConfig) -> int:
     device = distributed.initialize(config.device)
     step, weights, random = distributed.agree(lambda: read_bundle(Path(config.bundle)))
-    schema = {"PretrainConfig": pretrain.PretrainConfig, "FinetuneConfig": finetune.FinetuneConfig}[step["schema"]]
-    run = resolve(schema, step["config"])
+    schemas = {"PretrainConfig": pretrain.PretrainConfig, "FinetuneConfig": finetune.FinetuneConfig}
+    if step["schema"] not in schemas:
+        raise UsageError(f"bundle={config.bundle} is of a '{step['schema']}', not of a run of ours", everywhere=True)
+    run = resolve(schemas[step["schema"]], step["config"])
     precision = config.precision or run.train.precision
     train = run.train.model_copy(update={"zero_stage": 0, "precision": precision})
     run = run.model_copy(update={"train": train.on(device)})
@@ -51,7 +53,11 @@ def replay(config: ReplayConfig) -> int:
     if parts.catalogs[0].fingerprint != step["data"]:
         raise UsageError(f"bundle={config.bundle} is of other images than {run.data.root} holds now", everywhere=True)
     trainer = engine.initialize(parts.module, build_optimizer(run.optimizer, parts.module, 0, device), run.train)
-    trainer.module.load_state_dict(weights)
+    try:
+        trainer.module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"bundle={config.bundle} has other weights than its run ({reason})", everywhere=True) from None
     restore_random_state(random, len(step["ranks"]))
 
     findings = [f"weight {name} before the step" for name, tensor in weights.items() if not finite(tensor)]
@@ -91,10 +97,10 @@ def restore_random_state(random: dict[str, Tensor], world: int) -> None:
 
 def check_images(ranks: list[dict], micro: int, index: Tensor) -> None:
     """The images of this micro-batch are those that the run saw, however they are split over the ranks."""
-    seen = [i for rank in ranks for i in rank["index"][micro]]
+    seen = [i for rank in ranks for part in rank["index"][micro : micro + 1] for i in part]
     mine = [i for part in distributed.all_gather_object(index.tolist()) for i in part]
     if seen != mine:
-        raise UsageError(f"micro-batch {micro} has other images than the run saw (first {mine[0]}, not {seen[0]})")
+        raise UsageError(f"micro-batch {micro} has other images than the run saw (first {mine[:1]}, not {seen[:1]})")
 
 
 @contextmanager

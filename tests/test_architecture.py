@@ -13,13 +13,13 @@ LAYERS = [
     {"errors", "precision"},
     {"config"},
     {"distributed"},
-    {"data", "models", "run", "inherited", "stop", "watchdog"},
-    {"objectives", "attacks", "optim", "weights"},
+    {"data", "models", "run", "stop", "watchdog"},
+    {"objectives", "attacks", "optim", "output", "weights"},
     {"views"},
     {"step"},
     {"gradient_cache", "checkpoint"},
     {"nonfinite"},
-    {"engine", "evaluation", "plots", "export", "cli", "benchmarks", "doctor"},
+    {"engine", "evaluation", "plots", "export", "inherited", "cli", "benchmarks", "doctor"},
 ]
 "A part may import its own layer's data and models, and any layer before it."
 NEVER = [

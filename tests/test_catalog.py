@@ -1,6 +1,7 @@
 """What is listed, in torchvision's order; what is left out and why; CIFAR's archives; what a person is told."""
 
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -226,6 +227,40 @@ def test_a_manifest_that_does_not_fit_is_told_and_not_used(tree, tmp_path, spoil
     found = open_catalog(config(tree), "train")
     assert len(found) == len(found.labels) == 7 + (spoil == "listing") and len(found.notes) == 1
     assert "note: the manifest" in found.summary()
+
+
+WRONG = {
+    "heights": [[1] * 6, [1.0] * 7, ["1"] * 7, [1, 2, [3], 4, 5, 6, 7], "1234567", None, [-1] * 7, [2**40] * 7, {}],
+    "widths": [[1] * 8, 7],
+    "nbytes": [[1] * 6, ["x"] * 7, 5],
+    "excluded": [5, [5], [[3, "x"]], [["3", "x", "y"]], [[7, "x", "y"]], [[-1, "x", "y"]], [[3, 4, "y"]], [[True] * 3]],
+    "names": [["a/b.jpg"], [1] * 7, ["elsewhere/b.jpg"] * 7, "text"],
+    "classes": ["ab", [1, 2], None],
+    "listing": [None, 5],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_a_manifest_with_anything_in_it_is_told_and_not_used(tree, tmp_path, key, value):
+    catalog = open_catalog(config(tree), "train")
+    path = manifest.save(a_manifest(catalog), catalog.root, tmp_path / "cache")
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    found = open_catalog(config(tree), "train")
+    assert len(found) == 7 and len(found.notes) == 1 and "prepare.py again" in found.notes[0]
+
+
+def test_the_place_of_a_manifest_is_tried_and_left_as_it_was(tree, tmp_path, monkeypatch):
+    folder, cache = tree / "train", tmp_path / "cache"
+    before = sorted(tree.rglob("*"))
+    manifest.try_save(folder, cache)
+    assert sorted(tree.rglob("*")) == before and not cache.exists()
+    (folder / manifest.NAME).mkdir()  # in the way: then it goes to the cache
+    manifest.try_save(folder, cache)
+    assert not list((cache / "manifests").iterdir())
+    cache.rename(tmp_path / "moved")
+    cache.write_text("")
+    with pytest.raises(UsageError, match=r"cannot write a manifest to .* data\.cache="):
+        manifest.try_save(folder, cache)
 
 
 def test_a_class_that_was_quarantined_whole_is_named(tree, tmp_path):

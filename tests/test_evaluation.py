@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from fasttrain import distributed
 from fasttrain.data import Batch
-from fasttrain.errors import UsageError
+from fasttrain.data.augment import AugmentConfig
+from fasttrain.data.catalog import DataConfig, open_catalog
+from fasttrain.data.loader import LoaderConfig
+from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation import Features, KNNConfig, LinearConfig, extract, knn, linear_probe
 from fasttrain.evaluation.accuracy import hits
 from fasttrain.evaluation.linear import fit
+from fasttrain.evaluation.online import catalog_features
 from tests.ranks import run_ranks
 
 
@@ -82,6 +86,96 @@ def test_knn_at_a_tiny_temperature() -> None:
 def test_hits_breaks_ties_by_class() -> None:
     scores = torch.tensor([[1.0, 1.0, 0.0], [0.5, 0.5, 2.0], [-torch.inf, 1.0, 0.0]])
     assert hits(scores, torch.tensor([1, 1, 0]), (1, 2, 3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_never_hits(value):
+    assert hits(torch.full((4, 10), value), torch.tensor([0, 3, 5, 9])).tolist() == [0, 0]
+    scores = torch.tensor([[2.0, value, 0.0], [2.0, 1.0, 0.0]])
+    assert hits(scores, torch.tensor([0, 0]), (1, 3)).tolist() == [1, 1]  # the second row's
+
+
+def spoilt(samples: Features, value: float, rows: list[int]) -> Features:
+    features = samples.features.clone()
+    features[rows, 3] = value
+    return samples._replace(features=features)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("evaluate", [knn, linear_probe])
+def test_features_that_are_not_finite_are_counted_and_named(evaluate, value):
+    train, val = _clusters(300, 9, 2.0, 1), _clusters(60, 9, 2.0, 2)
+    with pytest.raises(NotFinite, match="the features of 2 of 300 training images are not finite"):
+        evaluate(spoilt(train, value, [7, 200]), val)
+    with pytest.raises(NotFinite, match="the features of 1 of 60 validation images are not finite"):
+        evaluate(train, spoilt(val, value, [0]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 3e37])
+def test_features_of_any_finite_scale_give_the_same(scale):
+    """The squares of such features are not finite, or 0."""
+    train, val = _clusters(300, 9, 2.0, 1), _clusters(60, 9, 2.0, 2)
+    scaled = [part._replace(features=part.features * scale) for part in (train, val)]
+    assert knn(*scaled, KNNConfig(neighbours=20))[:2] == knn(train, val, KNNConfig(neighbours=20))[:2]
+    settings = LinearConfig(l2=(1e-2,))
+    assert linear_probe(*scaled, settings)[:4] == pytest.approx(linear_probe(train, val, settings)[:4], abs=0.02)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_an_encoder_that_gives_the_same_for_all_is_right_about_one_class(value):
+    train, val = (_clusters(n, 9, 2.0, 1) for n in (300, 60))
+    train, val = (part._replace(features=torch.full_like(part.features, value)) for part in (train, val))
+    shares = {float(share) for share in torch.bincount(val.labels, minlength=9) / 60}
+    assert knn(train, val).top1 in shares and linear_probe(train, val).val_top1 in shares
+
+
+def _not_finite_on_one_rank() -> list[str]:
+    train = _share(_clusters(300, 9, 2.0, 1), [150, 150])
+    val = _share(_clusters(60, 9, 2.0, 2), [30, 30])
+    bad = spoilt(train, math.nan, [5]) if distributed.rank() == 1 else train
+    said = []
+    for evaluate in (knn, linear_probe):
+        with pytest.raises(NotFinite) as caught:
+            evaluate(bad, val)
+        said.append(str(caught.value))
+    return said
+
+
+def test_one_rank_whose_features_are_not_finite_is_all_ranks_error():
+    line = "the features of 1 of 300 training images are not finite"
+    assert run_ranks(2, _not_finite_on_one_rank) == [[line, line]] * 2
+
+
+class Overflowing(nn.Module):
+    """Features that fp16 cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4, bias=False)
+        nn.init.constant_(self.linear.weight, 1e5)
+
+    def forward(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(features=self.linear(images.mean((2, 3)) + 1))
+
+
+def test_the_reason_is_the_weights_or_the_precision(images):
+    catalog = open_catalog(DataConfig(root=str(images)), "val")
+    augment, cpu = AugmentConfig(size=16), torch.device("cpu")
+
+    def features(encoder: nn.Module, autocast: torch.dtype | None) -> Features:
+        return catalog_features(encoder, catalog, catalog.indices, 8, augment, LoaderConfig(threads=1), cpu, autocast)
+
+    encoder = Overflowing()
+    assert features(encoder, None).features.isfinite().all()
+    total = len(catalog)
+    with pytest.raises(NotFinite, match=rf"of {total} of {total} val images .* in fp32 they are.* precision=bf16, or"):
+        features(encoder, torch.float16)
+    encoder.linear.weight.data[2, 1] = math.nan
+    with pytest.raises(NotFinite, match=r"linear.weight is not finite \(1 of 12 values\)"):
+        features(encoder, torch.float16)
+    encoder.linear.weight.data.fill_(3e38)
+    with pytest.raises(NotFinite, match="too large for fp32"):
+        features(encoder, None)
 
 
 def test_probe_is_the_convex_optimum() -> None:

@@ -199,12 +199,6 @@ def test_a_runs_settings_hold_for_its_own_data_set_alone(run_folder, name, capsy
     assert "is another data set than the run's" in said and "data.share=0.1" in said and "loader.kind=ffcv" in said
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [", b"- 1", b"5", b"", b"data: 3\n", b"[" * 5000])
-def test_a_runs_configuration_that_cannot_be_read_is_passed_over(tmp_path, content):
-    (tmp_path / "config.yaml").write_bytes(content)
-    assert inherited.settings_of(tmp_path) == {}
-
-
 def test_a_run_that_went_on_after_its_export_gives_its_newest_weights(tmp_path, capsys):
     from fasttrain.checkpoint import files, saver
     from fasttrain.checkpoint.state import Snapshot
@@ -232,7 +226,7 @@ def test_weights_of_a_run_that_diverged_are_named(tmp_path):
     with torch.no_grad():
         encoder.backbone.layer3[0].conv1.weight[0, 0, 0, 0] = torch.nan
     path = export(encoder, tmp_path)
-    with pytest.raises(UsageError, match=r"1 of \d+ values of layer3.0.conv1.weight are not finite"):
+    with pytest.raises(UsageError, match=r"layer3.0.conv1.weight is not finite \(1 of \d+"):
         load_encoder(str(path))
     with pytest.raises(UsageError, match="not finite"):
         load_encoder(str(tmp_path))

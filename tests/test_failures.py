@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -15,12 +16,14 @@ import torch
 
 from fasttrain import checkpoint, distributed, engine
 from fasttrain.attacks import AttackConfig
+from fasttrain.checkpoint import files
 from fasttrain.checkpoint.state import snapshot
 from fasttrain.config import Config
 from fasttrain.data import Batch
 from fasttrain.data.damage import BadImages
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
+from fasttrain.nonfinite import STEP, read_bundle
 from fasttrain.objectives import build_one_sided, cross_entropy
 from fasttrain.objectives.terms import PenaltyConfig, TermConfig, build_objective
 from fasttrain.optim import OptimizerConfig, build_optimizer
@@ -154,6 +157,38 @@ def test_the_default_is_to_stop_with_the_evidence(tmp_path, kind, message):
         fit(settings(tmp_path), Term("loss", poisoned(kind)))
     (bundle,) = tmp_path.glob("not-finite-*")
     assert {path.name for path in bundle.iterdir()} == {"step.json", "weights.safetensors", "random.safetensors"}
+
+
+BUNDLES = [b"{}", b"5", b"\xff", b"[" * 100_000, b'{"step": "2"}']
+
+
+@pytest.mark.parametrize("content", [*BUNDLES, *("step", "schema", "config", "ranks")], ids=str)
+def test_a_bundle_that_is_not_whole_is_one_line(tmp_path, content):
+    with pytest.raises(UsageError, match="replay"):
+        fit(settings(tmp_path), Term("loss", poisoned("loss")))
+    (bundle,) = tmp_path.glob("not-finite-*")
+    report = json.loads((bundle / STEP).read_text())
+    assert read_bundle(bundle)[0] == report
+    if isinstance(content, str):
+        content = json.dumps({**report, content: None}).encode()
+    (bundle / STEP).write_bytes(content)
+    with pytest.raises(UsageError, match=r"bundle=.* cannot be read \(") as caught:
+        read_bundle(bundle)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"data": None}, {"config": 5}, {"skipped": "0"}, {"world_size": None}])
+def test_a_whole_checkpoint_that_lacks_what_is_needed_is_one_line(tmp_path, change):
+    fit(settings(tmp_path), PLAIN)
+    newest = tmp_path / f"checkpoints/step-{STEPS:08d}"
+    data = json.dumps(json.loads((newest / files.STATE).read_text()) | change).encode()
+    (newest / files.STATE).write_bytes(data)
+    seals = json.loads((newest / files.MANIFEST).read_text())
+    seals[files.STATE] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (newest / files.MANIFEST).write_text(json.dumps(seals))
+    (key,) = change
+    with pytest.raises(UsageError, match=rf"step-{STEPS:08d} is whole and not what .*'{key}'.*remove it"):
+        fit(settings(tmp_path), PLAIN)
 
 
 def test_more_skipped_steps_than_allowed_stop_the_run(tmp_path):

@@ -294,6 +294,30 @@ def test_garbage_in_the_sidecar(copy, content):
             open_beton(copy)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": "12"},
+        {"count": 2},
+        {"bytes": "many"},
+        {"classes": 3},
+        {"classes": ["a"]},
+        {"classes": [1, 2, 3]},
+        {"excluded": 5},
+        {"excluded": [["only a path"]]},
+        {"excluded": [[1, 2]]},
+        {"fingerprint": 7},
+        {"sha256": []},
+    ],
+    ids=str,
+)
+def test_a_sidecar_with_anything_in_it_is_one_line(copy, change):
+    sidecar = copy.with_name("train.beton.json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | change))
+    with pytest.raises(UsageError, match=r"write (it|the FFCV file) again"):
+        read_listing(copy)
+
+
 def test_a_file_that_is_not_there(installed, tmp_path):
     with pytest.raises(UsageError, match=r"no FFCV file .*prepare\.py"):
         open_beton(tmp_path / "x.beton")

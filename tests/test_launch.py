@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -347,6 +348,89 @@ def test_evaluation_of_a_run_agrees_with_the_run(undisturbed, tmp_path, capsys):
         if task == "knn":
             assert table["top1"] == pytest.approx(metrics(undisturbed)[-1]["knn_top1"])
     assert "top1" in capsys.readouterr().out
+
+
+def evaluate_here(task: str, source: Path, *given: str) -> dict:
+    module = script("eval")
+    module.evaluate(load(module.EvalConfig, [f"task={task}", f"source={source}", *given], module.of_run))
+    places = [text.partition("=")[2] for text in given if text.startswith("output=")]
+    return json.loads(Path(*places or [source / f"eval-{task}.json"]).read_text())
+
+
+def test_a_run_that_diverges_has_no_best_and_its_weights_are_refused(images, tmp_path, capfd):
+    """Its loss stays finite: in evaluation mode its features are not."""
+    folder = tmp_path / "run"
+    given = ["optimizer.lr=1e8", "evaluate.every_epochs=1", "run.keep=1", "run.keep_best=max:knn_top1"]
+    assert pretrain_here(f"data.root={images}", f"run.dir={folder}", *given) == 0
+    said = capfd.readouterr()
+    assert re.search(r"kNN accuracy +not finite trained, \d+\.\d % the same encoder untrained", said.out)
+    assert "WARNING: knn_top1 of step 3 cannot be measured: the features of 24 of 24 train images are " in said.err
+    assert "running_var is not finite" in said.err and "none is kept as the best" in said.err
+    found = {line["step"]: line["knn_top1"] for line in metrics(folder) if "knn_top1" in line}
+    assert found[0] is not None and found[3] is None and found[6] is None
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000006"]
+    for task in ("knn", "linear", "robust"):
+        with pytest.raises(UsageError, match=r"cannot be used: .*running_var is not finite \(\d+ of \d+ values\)"):
+            evaluate_here(task, folder, f"output={tmp_path / 'o.json'}")
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_the_place_of_an_evaluation_is_tried_first_and_the_table_printed_in_any_case(
+    undisturbed, tmp_path, capfd, monkeypatch
+):
+    table = evaluate_here("knn", undisturbed, f"output={tmp_path / 'new/knn.json'}")
+    assert table["source"] == str(undisturbed) and not list(undisturbed.glob("eval-*"))
+    capfd.readouterr()
+
+    module = script("eval")
+    config = load(module.EvalConfig, ["task=knn", f"source={undisturbed}", f"output={tmp_path}"], module.of_run)
+    monkeypatch.setattr(module, "catalog_features", None)  # it comes to no work
+    with pytest.raises(UsageError, match=r"cannot be written \(it is a folder\): choose another place with output=…"):
+        module.evaluate(config)
+    assert "top1" not in capfd.readouterr().out
+
+    with pytest.raises(UsageError, match=r"'/dev/full' cannot be written \(No space .* output=…"):  # found at the end
+        evaluate_here("knn", undisturbed, "output=/dev/full")
+    assert "top1 " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "given", "work"),
+    [
+        ("prepare", "PrepareConfig", "beton.folder", "verify"),
+        ("bench", "StepBench", "output", "TASKS"),
+    ],
+)
+def test_places_of_results_are_tried_before_the_work(images, tmp_path, monkeypatch, name, schema, given, work):
+    (tmp_path / "file").write_text("")
+    module = script(name)
+    arguments = [f"{given}={tmp_path / 'file/there.json'}"]
+    arguments += [f"data.root={images}"] if name == "prepare" else ["task=step"]
+    config = load(getattr(module, schema), arguments)
+    monkeypatch.setattr(module, work, None)  # it comes to none
+    remedy = f"choose another place with {given}=…"
+    with pytest.raises(UsageError, match=rf"/file/there.* cannot be written \(.*{re.escape(remedy)}"):
+        getattr(module, name)(config)
+    assert not (images / "train/.fasttrain-manifest.json").exists()
+
+
+def test_a_benchmark_writes_no_two_results_to_one_place(tmp_path):
+    with pytest.raises(UsageError, match="name the numbers' file"):
+        script("bench").places_of(tmp_path / "bench.md", ["step"])
+
+
+def test_a_cut_card_and_an_unreadable_configuration_fall_back_on_the_checkpoint(undisturbed, tmp_path, capfd):
+    expected = evaluate_here("knn", undisturbed, f"output={tmp_path / 'whole.json'}")
+    folder = copy_of(undisturbed, tmp_path)
+    card = folder / "encoder.json"
+    for content in (card.read_bytes()[:20], b"\xff\x00", b"[]", b"{}"):
+        card.write_bytes(content)
+        (folder / "config.yaml").write_bytes(b"\xff" + content)
+        found = evaluate_here("knn", folder)
+        assert (found["top1"], found["val"]) == (expected["top1"], expected["val"])
+        said = capfd.readouterr().err
+        assert "config.yaml' cannot be read" in said and "step-00000006 says is taken instead" in said
+        assert "encoder.json' cannot be read" in said and "step-00000006 are taken instead" in said
 
 
 def ranks_of(launcher: subprocess.Popen, count: int) -> dict[int, int]:

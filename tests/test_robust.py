@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fasttrain import distributed
 from fasttrain.attacks import AttackConfig
 from fasttrain.data import Batch
-from fasttrain.errors import UsageError
+from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation import Features, LinearConfig, linear_probe
 from fasttrain.evaluation.linear import fit_classifier
 from fasttrain.evaluation.robust import RobustConfig, robust_accuracy
@@ -85,6 +85,36 @@ def of_share(cuts: list[int]) -> tuple:
 def test_uneven_ranks_agree_with_one_process():
     alone = robust_accuracy(Pixels(), classifier(), [samples()], ATTACK, CPU)
     assert run_ranks(2, of_share, [0, 31, COUNT]) == [alone, alone]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_an_error_and_not_the_first_class(value):
+    batch, model = samples(), classifier()
+
+    def spoilt(features: Tensor) -> Tensor:
+        return torch.where(features[:, :1] > batch.images[0].flatten(1)[:, 0].max() - 1e-6, value, model(features))
+
+    with pytest.raises(NotFinite, match=f"the scores of 1 of {COUNT} validation images are not finite"):
+        robust_accuracy(Pixels(), spoilt, [batch], AttackConfig(eps_255=0), CPU)
+
+
+class Rootlike(torch.autograd.Function):
+    """The identity, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * torch.nan
+
+
+def test_an_attack_that_went_by_gradients_that_are_not_finite_tells_nothing():
+    """It would not move: robust accuracy would be the clean one."""
+    model = classifier()
+    with pytest.raises(NotFinite, match=f"of {COUNT} of {COUNT} validation images under attack are not finite"):
+        robust_accuracy(Pixels(), lambda features: model(Rootlike.apply(features)), [samples()], ATTACK, CPU)
 
 
 def test_no_image_and_another_batchnorm_are_refused():

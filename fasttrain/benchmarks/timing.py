@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -205,7 +205,7 @@ class Comparison(NamedTuple):
         return f"{self.ours}: {theirs.over(ours):.2f} times as fast as {self.reference}{by_cpu} ({self.evidence})"
 
 
-def bars(values: Mapping[str, float], unit: str, path: Path) -> Path:
+def bars(values: Mapping[str, float], unit: str) -> bytes:
     """Horizontal bars, the first on top, as a PNG. Of names "group\\nname" in a row the group is shown once."""
     import matplotlib
 
@@ -224,9 +224,10 @@ def bars(values: Mapping[str, float], unit: str, path: Path) -> Path:
     axis.invert_yaxis()
     axis.margins(x=0.12, y=0.01)
     axis.set_xlabel(unit)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
     pyplot.close(figure)
-    return path
+    return picture.getvalue()
 
 
 def table(timings: list[Timing], unit: str) -> str:

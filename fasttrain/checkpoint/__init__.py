@@ -29,7 +29,20 @@ collective can be left waiting for a write.
 
 from fasttrain.checkpoint.files import MODEL, Checkpoint, find, read, verify
 from fasttrain.checkpoint.resume import Start, contradictions, resume
+from fasttrain.checkpoint.retention import lacks_best
 from fasttrain.checkpoint.saver import Saver
 from fasttrain.checkpoint.state import restore
 
-__all__ = ["MODEL", "Checkpoint", "Saver", "Start", "contradictions", "find", "read", "restore", "resume", "verify"]
+__all__ = [
+    "MODEL",
+    "Checkpoint",
+    "Saver",
+    "Start",
+    "contradictions",
+    "find",
+    "lacks_best",
+    "read",
+    "restore",
+    "resume",
+    "verify",
+]

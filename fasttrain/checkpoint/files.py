@@ -40,10 +40,14 @@ class Checkpoint(NamedTuple):
         Raises:
             UsageError: it was written in a format this version does not know.
         """
-        state = json.loads(self.files[STATE])
-        if state["format"] != FORMAT:
+        try:
+            state = json.loads(self.files[STATE])
+        except (ValueError, RecursionError):
+            state = None
+        found = state.get("format") if isinstance(state, dict) else None
+        if found != FORMAT:
             raise UsageError(
-                f"{self.path} has format {state['format']}, this version reads {FORMAT}: use the version that wrote it"
+                f"{self.path} has format {found}, this version reads {FORMAT}: use the version that wrote it"
             )
         return state
 

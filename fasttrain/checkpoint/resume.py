@@ -67,6 +67,7 @@ def resume(run: Run, engine, config: Config, data: str, steps: int, loss_scale=N
     if found is None:
         return Start()
     read, state = time.perf_counter(), found.state
+    _check_state(found, state)
     if lines := contradictions(config, state):
         raise UsageError(
             f"run.dir={run.dir} was begun with other settings ({'; '.join(lines)}): "
@@ -85,12 +86,32 @@ def resume(run: Run, engine, config: Config, data: str, steps: int, loss_scale=N
             "give the same data set and manifest, or choose another folder with run.dir=…",
             everywhere=True,
         )
-    restore(found, engine)
-    if loss_scale is not None:
-        loss_scale.load(state["loss_scale"])
+    try:
+        restore(found, engine)
+        if loss_scale is not None:
+            loss_scale.load(state["loss_scale"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if type(error) is RuntimeError and "state_dict" not in str(error):  # a device's
+            raise
+        raise _foreign(found, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
     ended = time.perf_counter()
     run.say(f"going on from {found.path} (read and checked in {read - began:.1f} s, in place in {ended - read:.1f} s)")
     return Start(state["step"], state["skipped"])
+
+
+def _check_state(found: Checkpoint, state: dict[str, Any]) -> None:
+    kinds = {"step": int, "world_size": int, "skipped": int, "data": str, "config": dict, "optimizer_scalars": dict}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            raise _foreign(found, f"'{key}' in {files.STATE} is {state.get(key, 'absent')!r}"[:200])
+
+
+def _foreign(found: Checkpoint, reason: str) -> UsageError:
+    return UsageError(
+        f"{found.path} is whole and not what this version writes ({reason}): remove it to go on from the one before, "
+        "or use the version that wrote it",
+        everywhere=True,
+    )
 
 
 def contradictions(config: Config, state: dict[str, Any]) -> list[str]:

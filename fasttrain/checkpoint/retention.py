@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 
 from fasttrain.checkpoint import files
-from fasttrain.run import RunConfig, replace_file
+from fasttrain.run import RunConfig, is_number, replace_file
 
 METRICS = "metrics.json"
 "What evaluations found at a checkpoint's step, beside its files: it comes later than they do."
@@ -38,20 +39,28 @@ def mark(folder: Path, step: int, metrics: dict[str, float], config: RunConfig) 
     """
     path = folder / f"step-{step:08d}"
     if path.is_dir():
-        replace_file(path / METRICS, json.dumps(metrics))
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        replace_file(path / METRICS, json.dumps(finite))
         prune(folder, path, config)
 
 
 def best_of(folder: Path, config: RunConfig) -> tuple[float, Path] | None:
-    """The best value of the metric ``keep_best`` among the checkpoints that have one, and the oldest that has it."""
+    """The best finite value of the metric ``keep_best`` among the checkpoints' own, and the oldest that has it."""
     if config.keep_best is None:
         return None
     scores = []
     for path in reversed(files.steps(folder)):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            scores.append((float(json.loads((path / METRICS).read_text())[config.best_metric]), path))
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            value = json.loads((path / METRICS).read_text())[config.best_metric]
+            if is_number(value) and math.isfinite(value):
+                scores.append((value, path))
     chosen = max if config.best_is_highest else min
-    return chosen((score for score in scores if score[0] == score[0]), key=lambda score: score[0], default=None)
+    return chosen(scores, key=lambda score: score[0], default=None)
+
+
+def lacks_best(folder: Path, config: RunConfig) -> bool:
+    """Whether ``keep_best`` asks for a checkpoint, and none has a value to choose it by."""
+    return config.keep_best is not None and best_of(folder, config) is None
 
 
 def _step(path: Path) -> int:

@@ -57,12 +57,17 @@ def read_listing(path: str | Path) -> Listing:
     """
     beton, sidecar = open_beton(path), _read_sidecar(Path(path))
     samples = beton.samples
-    full = int(sidecar.get("count", samples["id"][-1] + 1))
+    full = int(sidecar.get("count") or samples["id"][-1] + 1)
+    classes = sidecar.get("classes") or [str(label) for label in range(int(samples["label"].max()) + 1)]
+    if full <= samples["id"][-1] or len(classes) <= samples["label"].max():
+        raise UsageError(
+            f"'{path}' has samples beyond the {full:,} of {len(classes):,} classes in its sidecar: write it again"
+        )
     labels, sizes = np.full(full, -1, np.int64), np.zeros((full, 2), np.int32)
     labels[samples["id"]] = samples["label"]
     sizes[samples["id"], 0], sizes[samples["id"], 1] = samples["height"], samples["width"]
     return Listing(
-        classes=sidecar.get("classes") or [str(label) for label in range(int(labels.max()) + 1)],
+        classes=classes,
         labels=labels,
         ids=samples["id"].copy(),
         sizes=sizes,
@@ -277,11 +282,30 @@ def _sidecar(path: Path) -> Path:
 def _read_sidecar(path: Path) -> dict:
     sidecar = _sidecar(path)
     try:
-        return dict(json.loads(sidecar.read_text()))
+        said = dict(json.loads(sidecar.read_text()))
+        _check_sidecar(said)
+        return said
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"cannot read '{sidecar}' ({_line(error)}): remove it, or write the FFCV file again") from None
+
+
+def _check_sidecar(said: dict) -> None:
+    """See that what is there has the types that are written: a file may hold anything.
+
+    Raises:
+        ValueError: what has not.
+    """
+    for key, kind in {"bytes": int, "count": int, "fingerprint": str, "sha256": str}.items():
+        if not isinstance(said.get(key), kind | None):
+            raise ValueError(f"its {key} is {said[key]!r}"[:200])
+    classes, excluded = said.get("classes") or [], said.get("excluded", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no list of names")
+    pairs = isinstance(excluded, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in excluded)
+    if not pairs or not all(isinstance(text, str) for pair in excluded for text in pair):
+        raise ValueError("what it excludes is no list of paths and reasons")
 
 
 def _sha256(path: Path, progress: bool) -> str:

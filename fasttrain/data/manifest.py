@@ -42,6 +42,33 @@ class Manifest:
         """[full, 2] int32 (height, width)."""
         return np.stack([np.asarray(self.heights, np.int32), np.asarray(self.widths, np.int32)], axis=1)
 
+    def check(self) -> None:
+        """See that its parts are what they should be and fit each other: a file may hold anything.
+
+        Raises:
+            ValueError: which does not.
+        """
+        count = len(self.heights) if isinstance(self.heights, list) else 0
+        for key in ("heights", "widths", *(["nbytes"] if self.nbytes else [])):
+            numbers = np.asarray(getattr(self, key) or np.zeros(0, np.int64))
+            if numbers.dtype.kind != "i" or numbers.shape != (count,) or (numbers < 0).any():
+                raise ValueError(f"its {key} are not one number a file")
+            if key != "nbytes" and (numbers >= 2**31).any():
+                raise ValueError(f"its {key} are too large")
+        for key in ("classes", "names"):
+            texts = getattr(self, key)
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"its {key} are no list of names")
+        if self.names and len(self.names) != count:
+            raise ValueError(f"it has {len(self.names):,} names and {count:,} sizes")
+        if not {name.partition("/")[0] for name in self.names} <= set(self.classes):
+            raise ValueError("it names files of classes that it does not list")
+        for entry in self.excluded if isinstance(self.excluded, list) else [None]:
+            position, *texts = entry if isinstance(entry, list | tuple) and len(entry) == 3 else (None,)
+            known = type(position) is int and 0 <= position < count
+            if not known or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"what it excludes is no list of position, name and reason: {entry!r}"[:200])
+
     def missing(self, present: Sequence[str]) -> int:
         """How many of its files are not ``present``; 0 where others are that it does not list."""
         lost = len(self.names) - len(present)
@@ -61,13 +88,35 @@ def find(folder: Path, cache: Path) -> tuple[Manifest | None, str | None]:
         try:
             manifest = Manifest(**json.loads(path.read_text()))
             if manifest.version == VERSION:
+                manifest.check()
                 return manifest, None
             complaint = f"the manifest '{path}' is not of version {VERSION}: run launch/prepare.py again"
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
-        except (OSError, ValueError, TypeError) as error:
-            complaint = f"the manifest '{path}' cannot be read ({error})"
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            complaint = f"the manifest '{path}' cannot be read ({error}): run launch/prepare.py again"
     return None, complaint
+
+
+def try_save(folder: Path, cache: Path) -> None:
+    """See that :func:`save` would find a place, before the work that it saves; nothing is left there.
+
+    Raises:
+        UsageError: neither place can be written.
+    """
+    beside, fallback = places(folder, cache)
+    for place in (beside, fallback):
+        with contextlib.suppress(OSError):
+            if place is fallback:
+                place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.is_dir():
+                with tempfile.TemporaryFile(dir=place.parent) as trial:
+                    trial.write(bytes(4096))
+                return
+    raise UsageError(
+        f"cannot write a manifest to '{beside}' nor to '{fallback}': make one of the folders writable, or choose "
+        "another with data.cache=…"
+    )
 
 
 def save(manifest: Manifest, folder: Path, cache: Path) -> Path:
@@ -103,4 +152,4 @@ def _write(manifest: Manifest, path: Path) -> None:
         raise
 
 
-__all__ = ["NAME", "Manifest", "find", "places", "save"]
+__all__ = ["NAME", "Manifest", "find", "places", "save", "try_save"]

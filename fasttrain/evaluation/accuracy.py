@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def hits(scores: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5)) -> Tensor
     """How many of the rows have their label among the k best scores, for each k: [len(ks)] int64.
 
     Of equal scores the lower class comes first, so the count is the same on every device; a class without any score
-    (−∞) is never among the best.
+    (−∞) is never among the best, and neither is any class of a row with a score that is NaN or +∞.
 
     Args:
         scores: [n, classes].
@@ -22,8 +24,14 @@ def hits(scores: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5)) -> Tensor
     own = scores.gather(1, label)
     earlier = torch.arange(scores.shape[1], device=scores.device) < label
     place = ((scores > own) | ((scores == own) & earlier)).sum(1)
-    place = place.masked_fill(own.squeeze(1) == -torch.inf, scores.shape[1])
+    incomparable = (scores.isnan() | (scores == torch.inf)).any(1)
+    place = place.masked_fill((own.squeeze(1) == -torch.inf) | incomparable, max(ks))
     return torch.stack([(place < k).sum() for k in ks])
+
+
+def percent(share: float) -> str:
+    """``62.5 %`` of 0.625, for people."""
+    return f"{100 * share:.1f} %" if math.isfinite(share) else "not finite"
 
 
 def count_classes(*labels: Tensor) -> int:

@@ -15,6 +15,7 @@ from fasttrain.distributed import all_gather, all_gather_object, all_reduce, ran
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.accuracy import count_classes, hits
 from fasttrain.evaluation.features import Features
+from fasttrain.evaluation.finite import check_features
 
 QUERIES, BANK_ROWS = 1024, 65536  # similarities held at a time: 256 MiB
 
@@ -45,6 +46,7 @@ def knn(train: Features, val: Features, config: KNNConfig | None = None) -> KNNA
 
     Raises:
         UsageError: no training or no validation sample.
+        NotFinite: a feature is not finite.
     """
     config = config or KNNConfig()
     train_sizes, val_sizes = (all_gather_object(len(part.labels)) for part in (train, val))
@@ -53,7 +55,9 @@ def knn(train: Features, val: Features, config: KNNConfig | None = None) -> KNNA
             raise UsageError(f"kNN has 0 {name} images: give a data set with a {name} split")
     k = min(config.neighbours, sum(train_sizes))
     classes = count_classes(train.labels, val.labels)
-    bank, queries = F.normalize(train.features, dim=1), F.normalize(val.features, dim=1)
+    check_features("training images", train)
+    check_features("validation images", val)
+    bank, queries = _directions(train.features), _directions(val.features)
 
     correct = torch.zeros(2, dtype=torch.int64, device=bank.device)
     for source, size in enumerate(val_sizes):
@@ -69,6 +73,12 @@ def knn(train: Features, val: Features, config: KNNConfig | None = None) -> KNNA
     top1, top5 = (all_reduce(correct) / sum(val_sizes)).tolist()
     note = f"K = {k}, not {config.neighbours}: there are {k} training images" if k < config.neighbours else None
     return KNNAccuracy(top1, top5, k, config.temperature, note)
+
+
+def _directions(features: Tensor) -> Tensor:
+    """Unit rows, whatever the range of the features: a square of 10²⁰ would be infinite. Rows of zeros stay zeros."""
+    largest = features.abs().amax(1, keepdim=True)
+    return F.normalize(features / largest.masked_fill(largest == 0, 1), dim=1)
 
 
 def _nearest(query: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fasttrain.config import Config, Where
 from fasttrain.distributed import all_reduce
-from fasttrain.errors import UsageError
+from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation.accuracy import count_classes, hits
 from fasttrain.evaluation.features import Features
+from fasttrain.evaluation.finite import check_features
 
 ROWS = 65536  # rows whose logits are held at a time
 
@@ -57,11 +58,13 @@ def linear_probe(train: Features, val: Features, config: LinearConfig | None = N
 
     Raises:
         UsageError: no training or validation sample, or none left on one side of the held-out split.
+        NotFinite: a feature is not finite.
     """
     config = config or LinearConfig()
     for name, part in (("training", train), ("validation", val)):
         if not _total(part.labels):
             raise UsageError(f"the linear probe has 0 {name} images: give a data set with a {name} split")
+    check_features("validation images", val)
     found = fit_classifier(train, count_classes(train.labels, val.labels), config)
     accuracies = (_accuracy(part, found.weight, found.bias) for part in (train, val))
     return LinearAccuracy(*chain(*accuracies), found.l2, found.held_out)
@@ -82,9 +85,12 @@ def fit_classifier(train: Features, classes: int, config: LinearConfig) -> Class
 
     Raises:
         UsageError: no image left on one side of the held-out split.
+        NotFinite: a feature is not finite, or the classifier for features as they are would not be.
     """
+    check_features("training images", train)
     mean, deviation = _moments(train)
-    standard = train._replace(features=(train.features - mean) / deviation)
+    parts = [((x.double() - mean) / deviation).to(x.dtype) for x in train.features.split(ROWS)]
+    standard = train._replace(features=torch.cat(parts))
     choice: dict[float, float] = {}
     if len(config.l2) > 1:
         fitting, choosing = _split(standard, config.held_out)
@@ -95,7 +101,10 @@ def fit_classifier(train: Features, classes: int, config: LinearConfig) -> Class
     l2 = max(choice, key=choice.__getitem__) if choice else config.l2[0]
     weight, bias = fit(standard, *_zeros(standard, classes), l2, config.iterations)
     weight = weight / deviation
-    return Classifier(weight, bias - weight @ mean, l2, choice)
+    bias = bias - weight @ mean
+    if not (weight.isfinite().all() and bias.isfinite().all()):  # the same on every rank
+        raise NotFinite("the linear classifier is not finite: the features are too large, or too small, for fp32")
+    return Classifier(weight, bias, l2, choice)
 
 
 def fit(samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
@@ -132,10 +141,13 @@ def fit(samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: 
 
 
 def _moments(samples: Features) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature over all ranks' samples."""
-    count = _total(samples.labels)
-    mean = all_reduce(samples.features.sum(0)) / count
-    deviation = (all_reduce((samples.features - mean).square().sum(0)) / count).sqrt()
+    """Mean and standard deviation of each feature over all ranks' samples, in float64: squares may exceed float32."""
+    count, dtype = _total(samples.labels), samples.features.dtype
+    mean = (all_reduce(samples.features.sum(0, dtype=torch.double)) / count).to(dtype)
+    squares = torch.zeros_like(mean, dtype=torch.double)
+    for x in samples.features.split(ROWS):
+        squares += (x.double() - mean).square().sum(0)
+    deviation = (all_reduce(squares) / count).sqrt().to(dtype)
     return mean, deviation.masked_fill(deviation == 0, 1)  # a constant feature says nothing: it becomes 0
 
 

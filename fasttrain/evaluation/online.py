@@ -18,6 +18,7 @@ from fasttrain.data.catalog import Catalog
 from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.features import Features, extract
+from fasttrain.evaluation.finite import check_features, reason
 from fasttrain.evaluation.knn import KNNConfig, knn
 from fasttrain.models import Encoder
 from fasttrain.stop import until_stopped
@@ -40,6 +41,8 @@ class OnlineKNN:
 
     With fewer training images than ``knn.neighbours`` the report says how many were used.
     """
+
+    metrics = ("knn_top1",)
 
     def __init__(
         self,
@@ -77,9 +80,26 @@ def catalog_features(
     device: torch.device,
     autocast: torch.dtype | None = None,
 ) -> Features:
-    """This rank's share of the features of ``indices``, seen through the evaluation crop."""
-    with evaluation_batches(catalog, indices, batch, augment, loader, device) as batches:
-        return extract(encoder, batches, device, autocast)
+    """This rank's share of the features of ``indices``, seen through the evaluation crop.
+
+    Raises:
+        NotFinite: some are not, and why.
+    """
+
+    def encoded(chosen: np.ndarray, dtype: torch.dtype | None) -> Features:
+        with evaluation_batches(catalog, chosen, batch, augment, loader, device) as batches:
+            return extract(encoder, batches, device, dtype)
+
+    def why(images: list[int]) -> str:
+        def finite_in_fp32() -> bool:
+            again = encoded(np.asarray(images), None)
+            return not distributed.any_rank(not bool(again.features.isfinite().all()))
+
+        return reason(encoder, autocast, finite_in_fp32)
+
+    found = encoded(indices, autocast)
+    check_features(f"{catalog.split} images", found, why)
+    return found
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from fasttrain.attacks import AttackConfig, attacked, image_keys, make_attack
+from fasttrain.attacks.evaluation import Watched
 from fasttrain.attacks.losses import cross_entropy
 from fasttrain.config import Config
 from fasttrain.data import Batch
@@ -17,7 +18,7 @@ from fasttrain.data.augment import AugmentConfig
 from fasttrain.data.catalog import Catalog
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.distributed import all_reduce
-from fasttrain.errors import UsageError
+from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation.online import evaluation_batches, thin
 from fasttrain.models import Encoder
 
@@ -66,29 +67,36 @@ def robust_accuracy(
 
     Raises:
         UsageError: no image on any rank.
+        NotFinite: a logit is not finite, or a loss or a gradient that an attack went by.
     """
     attack_images, model = make_attack(attack), attacked(encoder)
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # clean, robust, all
+    counts = torch.zeros(5, dtype=torch.int64, device=device)  # clean, robust, all; not finite clean, under attack
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for batch in batches:
             images, labels, index = (x.to(device, non_blocking=True) for x in (batch.images[0], *batch[1:3]))
             if len(labels):
-                moved = attack_images(
-                    lambda x, labels=labels: cross_entropy(classifier(model(x).features), labels),
-                    images,
-                    image_keys(0, 0, index),
-                )
+                watched = Watched(lambda x, labels=labels: cross_entropy(classifier(model(x).features), labels))
+                moved = watched.or_nan(attack_images(watched, images, image_keys(0, 0, index)))
                 with torch.no_grad():
-                    clean, robust = (classifier(model(x).features).argmax(1) == labels for x in (images, moved))
-                counts += torch.stack([clean.sum(), (clean & robust).sum(), torch.ones_like(labels).sum()])
-    clean, robust, total = all_reduce(counts).tolist()
+                    logits = [classifier(model(x).features) for x in (images, moved)]
+                clean, robust = (scores.argmax(1) == labels for scores in logits)
+                bad = [~scores.isfinite().all(1) for scores in logits]
+                found = [clean, clean & robust, torch.ones_like(clean), *bad]
+                counts += torch.stack([mask.sum() for mask in found])
+    clean, robust, total, *bad = all_reduce(counts).tolist()
     if not total:
         raise UsageError("robust accuracy has 0 validation images: give a data set with a validation split")
+    for count, where in zip(bad, ("", " under attack"), strict=True):
+        if count:
+            remedy = ": set precision to fp32 or bf16" if autocast == torch.float16 else ""
+            raise NotFinite(f"the scores of {count:,} of {total:,} validation images{where} are not finite{remedy}")
     return RobustAccuracy(clean / total, robust / total, total)
 
 
 class OnlineRobust:
     """``(step) -> {"clean_top1": …, "robust_top1": …}`` of the encoder as it stands; a callback, run by all ranks."""
+
+    metrics = ("clean_top1", "robust_top1")
 
     def __init__(
         self,
