@@ -12,6 +12,7 @@ when a rank is lost the others name it and exit with code 76.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fasttrain import inherited
 from fasttrain.config import load, resolve
 from fasttrain.data.augment import AugmentConfig, CentreCrop, apply_reference
 from fasttrain.errors import UsageError

@@ -15,8 +15,8 @@ from fasttrain import engine, plots
 from fasttrain.checkpoint import retention
 from fasttrain.config import Config
 from fasttrain.errors import NotFinite, UsageError
-from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.inherited import settings_of
+from fasttrain.run import Run, RunConfig, read_metrics
 
 
 class Settings(Config):
