@@ -47,15 +47,15 @@ BROKEN = {
     "html": (b"<!DOCTYPE html><html></html>", r"wrong format: begins with b'<!DOCTYPE html"),
     "gif": (encode("GIF", "P"), "wrong format: begins with b'GIF8"),
     "noise": (bytes(range(256)) * 8, "wrong format"),
-    "jpeg's first bytes": (b"\xff\xd8\xff\xe0" + bytes(300), "wrong format|does not decode"),
+    "jpeg's first bytes": (b"\xff\xd8\xff\xe0" + bytes(300), "no image header: a JPEG without a frame"),
     "zeros within": (JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2), "does not decode"),
     "png, pixel data changed": (PNG[:90] + bytes(16) + PNG[106:], "does not decode"),
     "png without its end": (PNG[:-12], "does not decode"),
     "png, checksum changed": (PNG.replace(b"IEND\xaeB`\x82", b"IEND\xaeB`\x83"), "does not decode"),
 }
 for _share in (0.05, 0.3, 0.6, 0.9, 0.98):
-    BROKEN[f"jpeg cut to {_share:.0%}"] = JPEG[: int(len(JPEG) * _share)], "does not decode|wrong format"
-    BROKEN[f"progressive cut to {_share:.0%}"] = PROGRESSIVE[: int(len(PROGRESSIVE) * _share)], "does not decode"
+    BROKEN[f"jpeg cut to {_share:.0%}"] = JPEG[: int(len(JPEG) * _share)], "does not decode|no image header"
+    BROKEN[f"progressive cut to {_share:.0%}"] = PROGRESSIVE[: int(len(PROGRESSIVE) * _share)], "does not decode|no image header"
     BROKEN[f"png cut to {_share:.0%}"] = PNG[: int(len(PNG) * _share)], "does not decode"
 for _missing in (1, 2, 3, 8):
     BROKEN[f"jpeg, last {_missing} missing"] = JPEG[:-_missing], "does not decode"
