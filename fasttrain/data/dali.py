@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import fn, pipeline_def, types
 
 from fasttrain.data.damage import Bad, is_cut
 from fasttrain.data.decoder import DECODING
@@ -78,8 +78,8 @@ class DaliSource:
 
     DALI refuses all further work after one image that it cannot decode. What reading shows to be bad never reaches it;
     for what does, the batches that it has are tried one image at a time, and all but the bad go to a new pipeline.
-    Boxes are drawn for the size that the file's header says. Should DALI's differ, the image is as bad as those; the
-    pipeline keeps regions within the pixels that there are, for a resize does not ask, and reads whatever memory holds.
+    Boxes are drawn for the size that a file's header says. Should DALI's be another, the image is as bad as those. None
+    such reaches a resize: that would not ask where a region ends, and read whatever memory holds.
     """
 
     remedy = "restore or convert the files (a new run can leave them out after launch/prepare.py)"
@@ -195,7 +195,7 @@ class DaliSource:
         """Wait for a batch's files and hand them to DALI."""
         images = [image for part in read.parts for image in part.result()]
         ids = np.array([image.index for image in images], np.int64)
-        draws = self._augment.draw(read.epoch, ids, np.array([image.size for image in images]))
+        draws = self._augment.draw(read.epoch, ids, _shapes(images)[:, :2])
         self._running.append(_Running(read.epoch, read.wanted, images, draws))
         if images:
             if self._pipeline is None:
@@ -205,6 +205,8 @@ class DaliSource:
     def _feed(self, pipeline: Pipeline, images: list[_Image], draws: Draws) -> None:
         feed = pipeline.feed_input
         feed("content", [image.content for image in images])
+        if self._catalog.encoded and not self._regional:
+            feed("shape", _shapes(images))
         for view in range(self._augment.views):
             corner, extent = draws.boxes[:, view, :2], draws.boxes[:, view, 2:]
             if self._regional:
@@ -223,11 +225,11 @@ class DaliSource:
         if not images:
             size = self._augment.size
             return [np.empty((0, size, size, 3), np.uint8)] * self._augment.views
-        *views, shapes = [output.as_tensor() for output in pipeline.share_outputs()]
+        outputs = [output.as_tensor() for output in pipeline.share_outputs()]
         pipeline.release_outputs()
-        if (np.asarray(shapes)[:, :2] != [image.size for image in images]).any():
+        if self._catalog.encoded and (np.asarray(outputs.pop()) != _shapes(images)).any():
             raise RuntimeError("an image has another size than its header says")
-        return [np.asarray(x) if self._gpu is None else torch.from_dlpack(x) for x in views]
+        return [np.asarray(x) if self._gpu is None else torch.from_dlpack(x) for x in outputs]
 
     def _find_undecodable(self, broken: list[_Running]) -> bool:
         """Note what DALI fails on. It does not say which: all that it had goes through it again, one at a time.
@@ -266,28 +268,31 @@ class DaliSource:
         )
         def define() -> tuple[DataNode, ...]:
             content = external("content", types.UINT8, 1 if self._catalog.encoded else 3)
+            found = []
             if self._regional:
-                shape = fn.peek_image_shape(content, adjust_orientation=False)
                 corner, extent = external("corner", types.INT32, 1), external("extent", types.INT32, 1)
                 images = fn.decoders.image_slice(content, start=corner, shape=extent, axes=[0, 1], **decoding)
+                found.append(fn.peek_image_shape(content, adjust_orientation=False))
             elif self._catalog.encoded:
                 images = fn.decoders.image(content, **decoding)
-                shape = images.shape()
+                found.append(images.shape())
+                images = fn.reshape(
+                    images, shape=external("shape", types.INT32, 1)
+                )  # fails where there are fewer pixels
             else:
-                images, shape = content if self._gpu is None else content.gpu(), content.shape()
-            most = fn.cast(images.shape()[:2], dtype=types.FLOAT)
+                images = content if self._gpu is None else content.gpu()
             views = [
                 fn.resize(
                     images,
-                    roi_start=math.min(external(f"start{view}", types.FLOAT, 1), most),
-                    roi_end=math.min(external(f"end{view}", types.FLOAT, 1), most),
+                    roi_start=external(f"start{view}", types.FLOAT, 1),
+                    roi_end=external(f"end{view}", types.FLOAT, 1),
                     size=[self._augment.size] * 2,
                     interp_type=types.INTERP_LINEAR,
                     antialias=True,
                 )
                 for view in range(self._augment.views)
             ]
-            return *views, shape
+            return *views, *found
 
         pipeline = define()
         pipeline.build()
@@ -301,6 +306,11 @@ class _Image(NamedTuple):
     content: np.ndarray  # uint8: a file's bytes [size], or pixels [H, W, 3]
     size: tuple[int, int]  # (height, width) by the header
     instead_of: list[Bad]
+
+
+def _shapes(images: list[_Image]) -> np.ndarray:
+    """[B, 3] (height, width, channels)."""
+    return np.array([(*image.size, 3) for image in images], np.int32).reshape(-1, 3)
 
 
 class _Read(NamedTuple):
