@@ -135,8 +135,8 @@ def verify_beton(path: str | Path, progress: bool = True) -> None:
     if bad := _undecodable(beton, progress):
         named = ", ".join(map(str, bad[:5])) + (" …" if len(bad) > 5 else "")
         raise UsageError(
-            f"'{path}': {len(bad):,} of {len(beton.samples):,} samples do not decode with FFCV, or not to the size that "
-            f"the file's tables say (ids {named}): write it again, from sound images"
+            f"'{path}': {len(bad):,} of {len(beton.samples):,} samples do not decode with FFCV, or to another size "
+            f"than the file's tables say (ids {named}): write it again, from sound images"
         )
 
 
