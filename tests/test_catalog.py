@@ -308,7 +308,7 @@ def test_header_size_ignores_the_orientation_and_fill_bytes():
     "content", [b"", b"\xff\xd8", b"<html>", encode()[:40], encode(kind="PNG")[:20], b"\xff\xd8" * 40]
 )
 def test_header_size_of_no_image(content):
-    with pytest.raises(ValueError, match="no image header"):
+    with pytest.raises(ValueError, match=r"no image header|wrong format: begins with"):
         header_size(np.frombuffer(content, np.uint8))
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from fasttrain.data import Batch
 from fasttrain.data.augment import AugmentConfig, CentreCrop, SimCLR, apply_reference
+from fasttrain.data.header import header_size
 from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
@@ -205,6 +206,51 @@ def test_unusual_files_become_rgb(loaders, views):
     catalog, augment = FakeCatalog(contents), SimCLR(AugmentConfig(views=views, size=SIZE, jitter=0, grey=0, blur=0), 0)
     (batch,) = batches(loaders(catalog, Order(np.arange(6), 0, 6), augment), 0, 1)
     assert errors(batch, catalog, augment).max() < 2.5
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("said", [(300, 300), (70, 90), (45, 35)], ids=["larger", "turned", "smaller"])
+def test_a_header_that_lies_about_the_size_is_a_bad_image_not_a_crash(loaders, monkeypatch, views, said):
+    """Boxes are drawn for what the header says: none reaches pixels that are not there."""
+    catalog = FakeCatalog([encode(photograph(i, 90, 70)) for i in range(8)])
+    liar = catalog.contents[5]
+    monkeypatch.setattr("fasttrain.data.dali.header_size", lambda c: said if c is liar else header_size(c))
+    order, augment = Order(np.arange(8), 0, 8, shuffle=False), SimCLR(AugmentConfig(views=views, size=SIZE), 0)
+    loader = loaders(catalog, order, augment, bad_share=0.2)
+    (batch,) = batches(loader, 0, 1)
+    assert set(loader.bad.found) == {5} and 5 not in batch.index.tolist()
+    assert batch.index.tolist()[:5] == [0, 1, 2, 3, 4] and batch.images.isfinite().all()
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_tiff_files_are_shown_as_stored_whatever_their_orientation(loaders, views):
+    pictures, contents = [photograph(i, 40, 160) for i in range(8)], []
+    for orientation, picture in enumerate(pictures, 1):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "TIFF", tiffinfo={274: orientation})
+        contents.append(np.frombuffer(file.getvalue(), np.uint8))
+    catalog = FakeCatalog(contents)
+    augment = SimCLR(AugmentConfig(views=views, size=SIZE, jitter=0, grey=0, blur=0), 0)
+    (batch,) = batches(loaders(catalog, Order(np.arange(8), 0, 8), augment), 0, 1)
+    assert batch.index.sort().values.tolist() == list(range(8))
+    as_stored = FakeCatalog(pictures, encoded=False)
+    assert errors(batch, as_stored, augment).max() < 2.5
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_file_that_takes_another_size_but_not_another_length_is_seen_as_it_is(loaders, views):
+    large, small = encode(photograph(0, 120, 100)), encode(photograph(1, 40, 150))
+    length = max(len(large), len(small)) + 9
+    padded = [np.concatenate([content, np.zeros(length - len(content), np.uint8)]) for content in (large, small)]
+    catalog = FakeCatalog([padded[0]] * 4)
+    order = Order(np.arange(4), 0, 4)
+    augment = SimCLR(AugmentConfig(views=views, size=SIZE, jitter=0, grey=0, blur=0), 0)
+    loader = loaders(catalog, order, augment)
+    (batch,) = batches(loader, 0, 1)
+    assert errors(batch, catalog, augment).max() < 2.5
+    catalog.contents[:] = [padded[1]] * 4
+    (batch,) = batches(loader, 0, 1)
+    assert errors(batch, catalog, augment).max() < 2.5 and not loader.bad.found
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])

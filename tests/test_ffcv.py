@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -159,6 +160,55 @@ def test_pixels_are_stored_exactly(written, source):
     for sample in beton.samples:
         stored = beton.data[sample["start"] : sample["start"] + sample["nbytes"]]
         assert np.array_equal(stored.reshape(sample["height"], sample["width"], 3), pixels_of(source, sample["id"]))
+
+
+def test_what_is_encoded_anew_is_what_dalis_loader_sees(installed, tmp_path):
+    """Pillow turns a TIFF as its tag says, and cuts 16-bit grey off at 255."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from fasttrain.data.decoder import Decoder
+
+    image, folder = photograph(1, 40, 64), tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    image.save(folder / "0.tif", tiffinfo={274: 6})
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "1.png")
+    image.convert("CMYK").save(folder / "2.jpg")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "3.tif")
+    catalog = open_catalog(DataConfig(root=str(tmp_path)), "train")
+    beton = open_beton(write_beton(catalog, tmp_path / "train.beton", "raw", progress=False))
+    for sample in beton.samples:
+        (expected,) = Decoder().decode([catalog.read(int(sample["id"]))])
+        assert (sample["height"], sample["width"]) == (40, 64)
+        stored = beton.data[sample["start"] : sample["start"] + sample["nbytes"]]
+        assert np.array_equal(stored, expected.reshape(-1))
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.float32)).save(folder / "4.tif")
+    catalog = open_catalog(DataConfig(root=str(tmp_path), train="train"), "train")
+    with pytest.raises(UsageError, match=r"4\.tif does not decode \(a TIFF of signed or floating-point numbers"):
+        write_beton(catalog, tmp_path / "refused.beton", progress=False)
+
+
+def test_a_payload_of_another_size_than_the_tables_say_is_damage(copy):
+    """FFCV's decoder would scale it to fit, or leave what was in memory."""
+    catalog, sample = catalog_of(copy), next(s for s in open_beton(copy).samples if s["jpeg"] and s["nbytes"] > 2000)
+    other = io.BytesIO()
+    photograph(9, sample["width"], sample["height"] + 8).resize((30, 20)).save(other, "JPEG")
+    with open(copy, "r+b") as file:
+        file.seek(sample["start"])
+        file.write(other.getvalue().ljust(sample["nbytes"], b"\0"))
+    order = Order(catalog.indices, 0, IMAGES)
+    loader = make_loader(
+        LoaderConfig(kind="ffcv", threads=2, bad_share=0.1), catalog, order, SimCLR(AugmentConfig(size=SIZE), 0), CPU
+    )
+    try:
+        (batch,) = batches(loader, 0, 1)
+    finally:
+        loader.close()
+    assert set(loader.bad.found) == {int(sample["id"])} and int(sample["id"]) not in batch.index.tolist()
+
+    sidecar = copy.with_name("train.beton.json")
+    described = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(described | {"sha256": hashlib.sha256(copy.read_bytes()).hexdigest()}))
+    with pytest.raises(UsageError, match=rf"1 of {IMAGES} samples do not decode with FFCV.*\(ids {sample['id']}\)"):
+        verify_beton(copy, progress=False)
 
 
 def test_ffcv_itself_reads_the_file(written, source):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,15 +25,17 @@ import llvmlite.binding
 import numba
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from fasttrain.data.catalog import Catalog, header_size
+from fasttrain.data.catalog import Catalog
+from fasttrain.data.header import header_size
 from fasttrain.errors import UsageError
 
 INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install -e '.[ffcv]'"
 PAGE = 1 << 25
 """No sample straddles a multiple of this many bytes: FFCV's cached reader loads pages, and its writer's are 8 MiB."""
+
+_thread = threading.local()  # .decoder: DALI's, one a writing thread
 
 Mode = Literal["jpg", "raw", "smart", "proportion"]
 
@@ -123,17 +125,24 @@ def open_beton(path: str | Path) -> Beton:
 
 
 def verify_beton(path: str | Path, progress: bool = True) -> None:
-    """Hold an FFCV file against the SHA-256 in its sidecar: a flipped byte inside a JPEG still decodes, to garbage.
+    """Hold an FFCV file against the SHA-256 in its sidecar, for a flipped byte inside a JPEG still decodes, to garbage;
+    then decode all of it.
 
     Raises:
-        UsageError: no sidecar, or another hash.
+        UsageError: no sidecar, another hash, or samples that FFCV's decoder refuses.
     """
-    open_beton(path)
+    beton = open_beton(path)
     expected = _read_sidecar(Path(path)).get("sha256")
     if expected is None:
         raise UsageError(f"'{path}' has no sidecar '{_sidecar(Path(path)).name}' with its SHA-256: write it again")
     if (found := _sha256(Path(path), progress)) != expected:
         raise UsageError(f"'{path}' is damaged: SHA-256 {found[:16]}…, written as {expected[:16]}…; write it again")
+    if bad := _undecodable(beton, progress):
+        named = ", ".join(map(str, bad[:5])) + (" …" if len(bad) > 5 else "")
+        raise UsageError(
+            f"'{path}': {len(bad):,} of {len(beton.samples):,} samples do not decode with FFCV, or to another size "
+            f"than the file's tables say (ids {named}): write it again, from sound images"
+        )
 
 
 def write_beton(
@@ -150,7 +159,7 @@ def write_beton(
     """Write a catalogue's usable images as an FFCV file with a sidecar ``<path>.json``, both whole or not there.
 
     A source JPEG that is to be stored as JPEG, and not to be made smaller, keeps its very bytes if FFCV's decoder takes
-    them without a warning; all else (CMYK, PNG, pixels) goes through RGB. FFCV's ``DatasetWriter`` is not used: it
+    them without a warning; all else (CMYK, PNG) is stored as DALI decodes it. FFCV's ``DatasetWriter`` is not used: it
     waits for ever for a worker that failed, and its file depends on the race between workers; this one's does not.
 
     Args:
@@ -169,7 +178,7 @@ def write_beton(
     choose_jpeg = _choose_jpeg(mode, jpeg_share, smart_threshold)
     encode = functools.partial(_encode_sample, ffcv, catalog, choose_jpeg, max_resolution, quality)
     with _replacing(path) as file:
-        _write_samples(ffcv, file, catalog, _map(encode, catalog.indices, workers, progress, path))
+        _write_samples(ffcv, file, catalog, _map(encode, catalog.indices, workers, progress, f"writing {path.name}"))
         resized = f" longer side <= {max_resolution}" if max_resolution else ""
         description = {
             "split": catalog.split,
@@ -204,9 +213,46 @@ jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contrac
 
 @jit
 def imdecode_rgb(encoded, height, width, pixels):
-    """Decode a JPEG file's bytes to uint8 [height * width * 3]; False on an error or a warning of libjpeg-turbo's."""
+    """Decode a JPEG file's bytes to uint8 [height * width * 3]; False on an error or a warning of libjpeg-turbo's.
+
+    An image of another size is scaled to fit, in silence: see :func:`has_size`.
+    """
     source, target = encoded.ctypes.data, pixels.ctypes.data
     return _imdecode(source, encoded.size, height, width, target, height, width, 0, 0, 1, 1, False, False) == 0
+
+
+@jit
+def has_size(data, sample):
+    """Whether a payload has the pixels that the file's tables say: a JPEG by its own header."""
+    if not sample.jpeg:
+        return True  # the tables were compared when the file was opened
+    position, end = sample.start + 2, sample.start + sample.nbytes - 9
+    while position < end and data[position] == 0xFF:
+        marker = data[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:  # SOF0 to SOF15
+            height = np.int64(data[position + 5]) << 8 | data[position + 6]
+            width = np.int64(data[position + 7]) << 8 | data[position + 8]
+            return height == sample.height and width == sample.width
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        else:
+            position += 2 + (np.int64(data[position + 2]) << 8 | data[position + 3])
+    return False
+
+
+@jit
+def decode_payload(data, sample, pixels):
+    """Whether a sample decodes; then, if it is a JPEG, ``pixels`` begin with it."""
+    payload = data[sample.start : sample.start + sample.nbytes]
+    return not sample.jpeg or imdecode_rgb(payload, sample.height, sample.width, pixels)
+
+
+@jit
+def _is_sound(data, samples, n):
+    """Whether sample ``n`` has its size and decodes."""
+    if not has_size(data, samples[n]):
+        return False
+    return decode_payload(data, samples[n], np.empty(3 * samples[n].height * samples[n].width, np.uint8))
 
 
 # Reading -----------------------------------------------------------------------------------------------------------
@@ -273,6 +319,13 @@ def _read_samples(ffcv: ModuleType, path: Path, size: int) -> np.ndarray:
     if samples["id"][0] < 0 or (np.diff(samples["id"]) == 0).any():
         raise UsageError(f"'{path}' has 'index' values that are negative or occur twice: write it again")
     return samples
+
+
+def _undecodable(beton: Beton, progress: bool) -> list[int]:
+    """The ids of the samples that a loader would find damaged."""
+    numbers, what = np.arange(len(beton.samples)), f"decoding {beton.path.name}"
+    sound = list(_map(lambda n: _is_sound(beton.data, beton.samples, n), numbers, None, progress, what))
+    return beton.samples["id"][~np.array(sound)].tolist()
 
 
 def _sidecar(path: Path) -> Path:
@@ -389,14 +442,13 @@ def _encode_sample(
     """(stored as JPEG, height, width, payload uint8 [bytes]) of one sample."""
     try:
         stored = catalog.read(index)
-        encoded = stored if catalog.encoded else None
         height, width = header_size(stored) if catalog.encoded else stored.shape[:2]
         jpeg = choose_jpeg(index, height * width * 3)
         fits = max_resolution is None or max(height, width) <= max_resolution
-        if jpeg and fits and encoded is not None and _decodes(encoded, height, width):
-            return True, height, width, encoded
-        pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")) if catalog.encoded else stored
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if jpeg and fits and catalog.encoded and _decodes(stored, height, width):
+            return True, height, width, stored
+        pixels = _pixels(stored, (height, width)) if catalog.encoded else stored
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{catalog.path(index)} does not decode ({_line(error)}): run launch/prepare.py to leave it out"
         ) from None
@@ -418,10 +470,30 @@ def _decodes(encoded: np.ndarray, height: int, width: int) -> bool:
     return imdecode_rgb(encoded, height, width, np.empty(height * width * 3, np.uint8))
 
 
-def _map(function: Callable, items: np.ndarray, workers: int | None, progress: bool, path: Path) -> Iterator:
+def _pixels(encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A file's image as DALI's loader sees it, uint8 [height, width, 3].
+
+    Raises:
+        ValueError: DALI refuses it.
+    """
+    from fasttrain.data.decoder import Decoder  # DALI: a second to import
+
+    if not hasattr(_thread, "decoder"):
+        _thread.decoder = Decoder()
+    (pixels,) = _thread.decoder.decode([encoded])
+    if isinstance(pixels, str):
+        raise ValueError(f"DALI's decoder refuses it: {pixels}")
+    if pixels.shape[:2] != size:
+        raise ValueError(
+            f"its header says {size[0]} x {size[1]} pixels, but it has {pixels.shape[0]} x {pixels.shape[1]}"
+        )
+    return pixels
+
+
+def _map(function: Callable, items: np.ndarray, workers: int | None, progress: bool, what: str) -> Iterator:
     """``function`` of every item, in order, by threads that are never more than a few hundred results ahead."""
     workers = workers or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool, _bar(len(items), f"writing {path.name}", progress, unit=" images") as bar:
+    with ThreadPoolExecutor(workers) as pool, _bar(len(items), what, progress, unit=" images") as bar:
         for start in range(0, len(items), 64 * workers):
             for result in pool.map(function, items[start : start + 64 * workers].tolist()):
                 yield result

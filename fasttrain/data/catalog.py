@@ -11,7 +11,6 @@ leaving one out renumbers nothing: the order, the augmentation and a resumed run
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,19 +20,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from fasttrain.config import Config
 from fasttrain.data import cifar, manifest, shapes
+from fasttrain.data.header import header_size
 from fasttrain.errors import UsageError
 
 Role = Literal["train", "val"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
-
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # by content; what the loaders decode. Any may be called .jpg.
 
 _THREADS = 16  # a scan waits for the file system, not for a core
 
@@ -208,49 +205,6 @@ def _open(config: DataConfig, role: Role, use_manifest: bool) -> Catalog:
     return _open_folder(folder, role, classes, config.cache_folder if use_manifest else None)
 
 
-def header_size(encoded: np.ndarray) -> tuple[int, int]:
-    """(height, width) of the pixels as stored, EXIF orientation ignored; from the header of a file's bytes, undecoded.
-
-    JPEG (all variants) and PNG are parsed here; other formats, and headers that are not plain, go to Pillow.
-
-    Raises:
-        ValueError: no header of a known format.
-    """
-    data = memoryview(encoded)  # type: ignore[arg-type]
-    if data[:2] == b"\xff\xd8":
-        size = _jpeg_size(data)
-        if size is not None:
-            return size
-    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
-        return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.height, image.width
-    except UnidentifiedImageError:
-        raise ValueError(f"no image header: begins with {bytes(data[:16])!r}") from None
-    except Exception as error:  # Pillow's plugins raise many kinds on garbage
-        raise ValueError(f"no image header: {error}") from None
-
-
-def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
-    position = 2
-    while position + 9 <= len(data):
-        if data[position] != 0xFF:
-            return None
-        marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0 to SOF15
-            size = (
-                int.from_bytes(data[position + 5 : position + 7], "big"),
-                int.from_bytes(data[position + 7 : position + 9], "big"),
-            )
-            return size if all(size) else None
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None
-
-
 def _open_folder(folder: Path, role: Role, classes: list[str], cache: Path | None) -> Catalog:
     names, labels = _list_images(folder, classes)
     found, complaint = manifest.find(folder, cache) if cache is not None else (None, None)
@@ -358,9 +312,9 @@ def _unreadable_class(catalog: Catalog, index: int, reason: str) -> UsageError:
 
 def _begins_like_an_image(path: str) -> bool:
     try:
-        with open(path, "rb") as file, Image.open(file):
-            return True
-    except Exception:  # Pillow's plugins raise many kinds on garbage
+        header_size(np.fromfile(path, np.uint8))
+        return True
+    except (OSError, ValueError):
         return False
 
 
@@ -469,4 +423,4 @@ def _digest(*parts: str | bytes | np.ndarray) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["EXTENSIONS", "FORMATS", "Catalog", "DataConfig", "Names", "header_size", "open_catalog"]
+__all__ = ["EXTENSIONS", "Catalog", "DataConfig", "Names", "header_size", "open_catalog"]

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from fasttrain.data.catalog import header_size
 from fasttrain.data.damage import Bad, is_cut
+from fasttrain.data.decoder import DECODING
+from fasttrain.data.header import header_size
 from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
 from fasttrain.data.verify import examine
 from fasttrain.errors import UsageError
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 _READERS = 4  # threads that read files, at least: they wait more than they work
 _AHEAD = 3  # batches whose files are being read beyond those that DALI has
 _DEPTH = 2  # batches that DALI works on while the colours of the one before are changed
-_ONLY_DALI = "DALI does not decode it"
+_ONLY_HERE = "DALI's decoder refuses it in this run, though not by itself on a CPU"
 
 
 class DaliLoader(PrefetchLoader):
@@ -77,9 +78,11 @@ class DaliSource:
 
     DALI refuses all further work after one image that it cannot decode. What reading shows to be bad never reaches it;
     for what does, the batches that it has are tried one image at a time, and all but the bad go to a new pipeline.
+    Boxes are drawn for the size that a file's header says. Should DALI's be another, the image is as bad as those. None
+    such reaches a resize: that would not ask where a region ends, and read whatever memory holds.
     """
 
-    remedy = "restore the files (a new run can leave them out after launch/prepare.py)"
+    remedy = "restore or convert the files (a new run can leave them out after launch/prepare.py)"
 
     def __init__(
         self,
@@ -99,7 +102,6 @@ class DaliSource:
         self._regional = catalog.encoded and augment.views == 1
         self._readers = Workers(max(_READERS, threads))
         self._pipeline: Pipeline | None = None  # built with the first batch, then used for the whole run
-        self._parsed = np.zeros(len(catalog.labels), np.int64)  # bytes of the file whose header gave catalog.sizes
         self._undecodable: dict[tuple[int, int], str] = {}  # (epoch, id) -> what DALI failed on
         self._reads: deque[_Read] = deque()
         self._running: deque[_Running] = deque()
@@ -163,38 +165,37 @@ class DaliSource:
         bad = []
         for candidate in self._order.candidates(epoch, index):
             try:
-                return _Image(candidate, self._read_sound(epoch, candidate), bad)
+                return _Image(candidate, *self._read_sound(epoch, candidate), bad)
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 bad.append(Bad(candidate, f"cannot decode '{self._catalog.path(candidate)}' ({reason})"))
         raise UsageError(f"{bad[0].complaint}, nor any of {len(bad) - 1} others: {self.remedy}")
 
-    def _read_sound(self, epoch: int, index: int) -> np.ndarray:
-        """What the catalogue has of a sample, whose size is known from then on.
+    def _read_sound(self, epoch: int, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """What the catalogue has of a sample, and its size, which the catalogue knows from then on.
 
         Raises:
             OSError, ValueError: it cannot be read, or cannot be decoded for all that is known.
         """
         content = self._catalog.read(index)
-        if not self._catalog.encoded:
-            self._catalog.sizes[index] = content.shape[:2]
-            return content
-        if not len(content):
-            raise ValueError("empty file")
-        if len(content) != self._parsed[index]:
-            self._catalog.sizes[index] = header_size(content)
-            self._parsed[index] = len(content)
-        if is_cut(content):
-            raise ValueError("truncated: its end is missing")
-        if reason := self._undecodable.get((epoch, index)):
-            raise ValueError(reason)
-        return content
+        if self._catalog.encoded:
+            if not len(content):
+                raise ValueError("empty file")
+            size = header_size(content)
+            if is_cut(content):
+                raise ValueError("truncated: its end is missing")
+            if reason := self._undecodable.get((epoch, index)):
+                raise ValueError(reason)
+        else:
+            size = content.shape[:2]
+        self._catalog.sizes[index] = size
+        return content, size
 
     def _start(self, read: _Read) -> None:
         """Wait for a batch's files and hand them to DALI."""
         images = [image for part in read.parts for image in part.result()]
         ids = np.array([image.index for image in images], np.int64)
-        draws = self._augment.draw(read.epoch, ids, self._catalog.sizes[ids])
+        draws = self._augment.draw(read.epoch, ids, _shapes(images)[:, :2])
         self._running.append(_Running(read.epoch, read.wanted, images, draws))
         if images:
             if self._pipeline is None:
@@ -204,6 +205,8 @@ class DaliSource:
     def _feed(self, pipeline: Pipeline, images: list[_Image], draws: Draws) -> None:
         feed = pipeline.feed_input
         feed("content", [image.content for image in images])
+        if self._catalog.encoded and not self._regional:
+            feed("shape", _shapes(images))
         for view in range(self._augment.views):
             corner, extent = draws.boxes[:, view, :2], draws.boxes[:, view, 2:]
             if self._regional:
@@ -224,6 +227,8 @@ class DaliSource:
             return [np.empty((0, size, size, 3), np.uint8)] * self._augment.views
         outputs = [output.as_tensor() for output in pipeline.share_outputs()]
         pipeline.release_outputs()
+        if self._catalog.encoded and (np.asarray(outputs.pop()) != _shapes(images)).any():
+            raise RuntimeError("an image has another size than its header says")
         return [np.asarray(x) if self._gpu is None else torch.from_dlpack(x) for x in outputs]
 
     def _find_undecodable(self, broken: list[_Running]) -> bool:
@@ -241,16 +246,15 @@ class DaliSource:
                     self._collect(pipeline, [image])
                     sound += 1
                 except RuntimeError:
-                    finding, pipeline = examine(image.content.tobytes()), None
-                    failed[epoch, image.index] = finding if isinstance(finding, str) else _ONLY_DALI
-        if not sound and _ONLY_DALI in failed.values():
+                    (finding,), pipeline = examine([image.content]), None
+                    failed[epoch, image.index] = finding if isinstance(finding, str) else _ONLY_HERE
+        if not sound and _ONLY_HERE in failed.values():
             return False
         self._undecodable |= failed
         return bool(failed)
 
     def _build(self, batch_size: int) -> Pipeline:
-        # Boxes are drawn for the header's size, which knows no EXIF rotation; neither do torchvision's loaders.
-        decoding = dict(device="cpu" if self._gpu is None else "mixed", output_type=types.RGB, adjust_orientation=False)
+        decoding = dict(device="cpu" if self._gpu is None else "mixed", **DECODING)
 
         def external(name: str, dtype: types.DALIDataType, ndim: int) -> DataNode:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
@@ -264,14 +268,20 @@ class DaliSource:
         )
         def define() -> tuple[DataNode, ...]:
             content = external("content", types.UINT8, 1 if self._catalog.encoded else 3)
+            found = []
             if self._regional:
                 corner, extent = external("corner", types.INT32, 1), external("extent", types.INT32, 1)
                 images = fn.decoders.image_slice(content, start=corner, shape=extent, axes=[0, 1], **decoding)
+                found.append(fn.peek_image_shape(content, adjust_orientation=False))
             elif self._catalog.encoded:
                 images = fn.decoders.image(content, **decoding)
+                found.append(images.shape())
+                images = fn.reshape(
+                    images, shape=external("shape", types.INT32, 1)
+                )  # fails where there are fewer pixels
             else:
                 images = content if self._gpu is None else content.gpu()
-            return tuple(
+            views = [
                 fn.resize(
                     images,
                     roi_start=external(f"start{view}", types.FLOAT, 1),
@@ -281,7 +291,8 @@ class DaliSource:
                     antialias=True,
                 )
                 for view in range(self._augment.views)
-            )
+            ]
+            return *views, *found
 
         pipeline = define()
         pipeline.build()
@@ -293,7 +304,13 @@ class _Image(NamedTuple):
 
     index: int
     content: np.ndarray  # uint8: a file's bytes [size], or pixels [H, W, 3]
+    size: tuple[int, int]  # (height, width) by the header
     instead_of: list[Bad]
+
+
+def _shapes(images: list[_Image]) -> np.ndarray:
+    """[B, 3] (height, width, channels)."""
+    return np.array([(*image.size, 3) for image in images], np.int32).reshape(-1, 3)
 
 
 class _Read(NamedTuple):

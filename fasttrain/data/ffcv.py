@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fasttrain.data.beton import Beton, imdecode_rgb, jit, open_beton
+from fasttrain.data.beton import Beton, decode_payload, has_size, jit, open_beton
 from fasttrain.data.catalog import Catalog
 from fasttrain.data.damage import Bad
 from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
@@ -148,12 +148,17 @@ class FfcvSource:
 
 @jit
 def _decode_views(data, samples, boxes, flip, first, last, views, damaged):
-    """Samples ``first`` to ``last`` of a batch: decode once, crop, resize and flip into ``views[:, n]``."""
+    """Samples ``first`` to ``last`` of a batch: decode once, crop, resize and flip into ``views[:, n]``.
+
+    One whose payload is not of the size in the file's tables, for which its boxes are drawn, is damaged.
+    """
     size = views.shape[2]
     longest, largest = size, 0
     for n in range(first, last):
-        longest = max(longest, samples[n].height, samples[n].width)
-        largest = max(largest, samples[n].height * samples[n].width * 3)
+        damaged[n] = not has_size(data, samples[n])
+        if not damaged[n]:
+            longest = max(longest, samples[n].height, samples[n].width)
+            largest = max(largest, samples[n].height * samples[n].width * 3)
     decoded = np.empty(largest, np.uint8)
     taps = 2 * longest // size + 1
     # Zeros, not whatever memory holds: behind a crop's last column there is weight 0, and 0 times NaN is NaN.
@@ -161,16 +166,17 @@ def _decode_views(data, samples, boxes, flip, first, last, views, damaged):
     starts, weights = np.empty((2, size), np.int64), np.empty((2, size, taps), np.float32)
 
     for n in range(first, last):
+        damaged[n] = damaged[n] or not decode_payload(data, samples[n], decoded)
+        if damaged[n]:
+            continue
         height, width = samples[n].height, samples[n].width
-        payload = data[samples[n].start : samples[n].start + samples[n].nbytes]
-        damaged[n] = samples[n].jpeg and not imdecode_rgb(payload, height, width, decoded)
         for v in range(views.shape[0]):
             view = views[v, n].reshape(size, 3 * size)
             if samples[n].jpeg:
                 pixels = decoded[: height * width * 3].reshape(height, 3 * width)
                 _crop_resize(pixels, boxes[n, v], flip[n, v], view, row, resized, starts, weights)
             else:  # not one variable for both: to numba, writable memory and a read-only file are two types
-                stored = payload.reshape(height, 3 * width)
+                stored = data[samples[n].start : samples[n].start + samples[n].nbytes].reshape(height, 3 * width)
                 _crop_resize(stored, boxes[n, v], flip[n, v], view, row, resized, starts, weights)
 
 

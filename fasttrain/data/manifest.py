@@ -16,7 +16,7 @@ import numpy as np
 from fasttrain.errors import UsageError
 
 NAME = ".fasttrain-manifest.json"
-VERSION = 2
+VERSION = 3  # 2 went by Pillow's word
 
 
 @dataclass(frozen=True)
