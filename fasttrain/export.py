@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fasttrain import checkpoint
@@ -101,7 +101,8 @@ def _read_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     try:
-        weights = load_file(str(path)) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        is_plain = path.suffix == ".safetensors"  # load_file would refuse a name that is not UTF-8
+        weights = load(path.read_bytes()) if is_plain else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UsageError(f"'{path}' cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):

@@ -138,7 +138,7 @@ def read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         UsageError: there is no bundle in ``folder``.
     """
     try:
-        tensors = [safetensors.torch.load_file(str(folder / name)) for name in (WEIGHTS, RANDOM)]
+        tensors = [safetensors.torch.load((folder / name).read_bytes()) for name in (WEIGHTS, RANDOM)]
         return json.loads((folder / STEP).read_text()), *tensors
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"bundle={folder} cannot be read ({error}): give a run's not-finite-step-… folder") from None

@@ -21,6 +21,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,9 +32,12 @@ from tqdm import tqdm
 from fasttrain import distributed
 from fasttrain.config import Config, to_yaml
 from fasttrain.errors import UsageError
+from fasttrain.printable import printable
 from fasttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from fasttrain.data.damage import BadImages
 
 
@@ -151,9 +155,7 @@ class Run:
         replace_file(self.dir / "config.yaml", to_yaml(config))
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = path.open("a", buffering=1)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=start + 1)
+        self._tensorboard = _tensorboard_writer(self.dir / "tensorboard", start + 1)
 
     def progress(self, step: int) -> None:
         """``step`` steps are done: move the bar, and let the other ranks know."""
@@ -207,10 +209,10 @@ class Run:
         self._silent = True
 
     def say(self, line: str) -> None:
-        """A line for the person who watches, from rank 0, without breaking the bar."""
+        """A line for the person who watches, from rank 0, without breaking the bar; whatever names are in it."""
         if distributed.rank() == 0:
             with suppress(OSError):  # the terminal may be gone, and the run goes on
-                tqdm.write(line, file=sys.stderr)
+                tqdm.write(printable(line), file=sys.stderr)
                 sys.stderr.flush()
 
     def __enter__(self) -> Run:
@@ -242,6 +244,21 @@ def replace_file(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
+
+
+def _tensorboard_writer(folder: Path, purge_step: int) -> SummaryWriter:
+    """TensorBoard cannot write to a name that is not UTF-8; the system has another one of every open folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        str(folder).encode()
+        return SummaryWriter(str(folder), purge_step=purge_step)
+    except UnicodeEncodeError:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        writer = SummaryWriter(f"/proc/self/fd/{descriptor}", purge_step=purge_step)
+        weakref.finalize(writer, os.close, descriptor)
+        return writer
 
 
 def _short(value: Any) -> str:

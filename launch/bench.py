@@ -31,6 +31,7 @@ from fasttrain.benchmarks.machine import hardware, versions
 from fasttrain.benchmarks.step import StepBenchConfig, compare_steps
 from fasttrain.benchmarks.timing import Report, bars
 from fasttrain.config import Config
+from fasttrain.printable import printable
 from fasttrain_kernels.heap import keep_heap
 
 
@@ -96,7 +97,7 @@ def bench(config: BenchConfig) -> None:
         keep_heap()
     parts = {name: getattr(config, name) for name in TASKS} if config.task == "all" else {config.task: config}
     reports = {name: TASKS[name].run(part, config.rounds) for name, part in parts.items()}
-    command = " ".join(["python", "launch/bench.py", *sys.argv[1:]])
+    command = printable(" ".join(["python", "launch/bench.py", *sys.argv[1:]]))
     date, machine, found = datetime.date.today().isoformat(), hardware(), versions()
     result = {
         "command": command,

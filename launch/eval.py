@@ -24,7 +24,7 @@ from pydantic import Field
 from fasttrain import cli, distributed
 from fasttrain.config import Config
 from fasttrain.data.augment import AugmentConfig
-from fasttrain.data.catalog import DataConfig, open_catalog
+from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.knn import KNNConfig, knn
@@ -34,6 +34,7 @@ from fasttrain.evaluation.robust import RobustConfig, robust_accuracy
 from fasttrain.export import load_encoder
 from fasttrain.models import ModelConfig
 from fasttrain.precision import Precision, autocast_dtype, decide
+from fasttrain.printable import printable
 
 
 class EvalConfig(Config):
@@ -67,7 +68,7 @@ def evaluate(config: EvalConfig) -> None:
     device = distributed.initialize(config.device)
     began = time.perf_counter()
     encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
-    catalogs = distributed.agree(lambda: [open_catalog(config.data, role) for role in ("train", "val")])
+    catalogs = distributed.agree(lambda: labelled(config))
     autocast = autocast_dtype(decide(config.precision, device))
     shares = [thin(catalogs[0].indices, config.bank), catalogs[1].indices]
     crop = config.augment, config.loader, device
@@ -100,7 +101,15 @@ def evaluate(config: EvalConfig) -> None:
     output.write_text(json.dumps(table, indent=1) + "\n")
     for name, value in found._asdict().items():
         print(f"{name:16s}{100 * value:8.2f} %" if "top" in name else f"{name:16s}{value!s:>8}")
-    print(f"{'written to':16s}{output}")
+    print(f"{'written to':16s}{printable(output)}")
+
+
+def labelled(config: EvalConfig) -> list[Catalog]:
+    """Both splits, whose labels mean something."""
+    catalogs = [open_catalog(config.data, role) for role in ("train", "val")]
+    for catalog in catalogs:
+        catalog.require_labels(f"the accuracy of {config.task}")
+    return catalogs
 
 
 def of_run(given: dict[str, Any]) -> dict[str, Any]:

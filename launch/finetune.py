@@ -24,11 +24,11 @@ from fasttrain import cli, distributed, engine, export, plots
 from fasttrain.attacks import AttackConfig
 from fasttrain.config import Config
 from fasttrain.data.augment import AugmentConfig, SimCLR
-from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
+from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
-from fasttrain.evaluation.online import catalog_features, thin
+from fasttrain.evaluation.online import catalog_features, open_measured, thin
 from fasttrain.evaluation.robust import OnlineRobust, RobustConfig
 from fasttrain.export import load_encoder
 from fasttrain.models import Encoder, ModelConfig
@@ -36,6 +36,7 @@ from fasttrain.models.reference import keep_in_evaluation
 from fasttrain.objectives import FareConfig, Reference, fare, fare_one_sided, surrogate_one_sided
 from fasttrain.optim import OptimizerConfig
 from fasttrain.precision import autocast_dtype
+from fasttrain.printable import printable
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import adversarial
@@ -118,7 +119,10 @@ def finetune(config: FinetuneConfig) -> int:
     torch.manual_seed(config.run.seed)
     with Run(config.run) as run:
         parts = distributed.agree(lambda: build(config, encoder, device))
-        run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
+        for line in "\n".join(catalog.summary() for catalog in parts.catalogs).split("\n"):
+            run.say(line)
+        if not parts.evaluations:
+            config = config.model_copy(update={"robust": config.robust.model_copy(update={"every_steps": 0})})
         fingerprint = parts.catalogs[0].fingerprint
         begun = distributed.on_rank_zero(lambda: any(run.checkpoints.glob("step-*")))
         if parts.classifier is not None and not begun:  # else it comes with the checkpoint
@@ -143,16 +147,19 @@ class Parts(NamedTuple):
 def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Parts:
     """All that can be wrong about the configuration or the data is found here, before ranks wait for each other."""
     rank, world = distributed.rank(), distributed.world_size()
-    catalogs = [
-        open_catalog(config.data, role) for role in (("train", "val") if config.robust.every_steps else ("train",))
-    ]
+    catalogs = open_measured(
+        config.data, "robust.every_steps" if config.robust.every_steps else None, config.run.keep_best
+    )
+    measured, labels = len(catalogs) == 2, config.fare.against == "cross_entropy"
+    if labels:
+        catalogs[0].require_labels("fare.against=cross_entropy", ", or use fare.against=distance, which needs none")
     micro_batch = config.train.micro_batch(world) * world
     order = Order(catalogs[0].indices, config.run.seed, micro_batch, config.train.accumulation)
     plan = engine.plan(config.train, config.optimizer, order)
     augment = SimCLR(config.augment, config.run.seed)
     loader = make_loader(config.loader, catalogs[0], order, augment, device, rank, world)
 
-    needed = config.robust.every_steps or config.fare.against == "cross_entropy"
+    needed = measured or labels
     classifier = nn.Linear(encoder.backbone.num_features, len(catalogs[0].classes)).to(device) if needed else None
     reference = Reference(encoder, classifier)
     if config.fare.batchnorm == "eval":
@@ -164,7 +171,7 @@ def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Par
         terms.append(Term("clean", fare(), config.fare.alpha))
 
     evaluations = []
-    if config.robust.every_steps:
+    if measured:
         autocast = autocast_dtype(config.train.precision)
         where = config.classifier.batch, catalogs[1], config.augment, config.loader
         robust = OnlineRobust(config.robust, *where, encoder, classifier, device, autocast)
@@ -195,7 +202,7 @@ def summary(run: Run, weights: Path, picture: Path) -> str:
         if values := [line[key] for line in metrics if key in line]:
             lines[key] = f"{100 * values[-1]:.1f} % fine-tuned, {100 * values[0]:.1f} % the source"
     lines |= {"run": run.dir, "weights": weights, "picture": picture}
-    return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())
+    return "\n" + "\n".join(printable(f"{name:20s}{value}") for name, value in lines.items())
 
 
 def of_source(given: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "loader.",
     "evaluate.",
     "data.root",
+    "data.by_content",
     "data.cache",
     "data.download",
     "train.device",

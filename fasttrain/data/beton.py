@@ -62,7 +62,7 @@ def read_listing(path: str | Path) -> Listing:
     labels[samples["id"]] = samples["label"]
     sizes[samples["id"], 0], sizes[samples["id"], 1] = samples["height"], samples["width"]
     return Listing(
-        classes=sidecar.get("classes") or [str(label) for label in range(int(labels.max()) + 1)],
+        classes=sidecar.get("classes", [str(label) for label in range(int(labels.max()) + 1)]),
         labels=labels,
         ids=samples["id"].copy(),
         sizes=sizes,

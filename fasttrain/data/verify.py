@@ -22,6 +22,7 @@ from fasttrain.data import manifest
 from fasttrain.data.catalog import FORMATS, Catalog
 from fasttrain.data.damage import PNG_END
 from fasttrain.errors import UsageError
+from fasttrain.printable import printable
 
 S, T = TypeVar("S"), TypeVar("T")
 
@@ -54,12 +55,18 @@ def verify(catalog: Catalog, cache: Path, workers: int | None = None) -> str:
     sizes, nbytes, excluded = _inspect_listing(catalog, workers)
     names = catalog.names
     found = manifest.Manifest(
-        names.digest(), catalog.classes, excluded, *sizes.T.tolist(), nbytes=nbytes.tolist(), names=list(names)
+        names.digest(),
+        catalog.classes,
+        excluded,
+        *sizes.T.tolist(),
+        nbytes=nbytes.tolist(),
+        names=list(names),
+        by_content=catalog.by_content,
     )
     path = manifest.save(found, catalog.root, cache)
     rate = len(sizes) / (time.perf_counter() - began)
     verified = catalog.without({index: reason for index, _, reason in excluded})
-    return f"{verified.summary(most=50)}\n  manifest: {path} ({rate:,.0f} images/s)"
+    return f"{verified.summary(most=50)}\n  manifest: {printable(path)} ({rate:,.0f} images/s)"
 
 
 def inspect(path: str) -> tuple[int, int] | str:
