@@ -106,9 +106,10 @@ def evaluate(config: EvalConfig) -> None:
 
 def labelled(config: EvalConfig) -> list[Catalog]:
     """Both splits, whose labels mean something."""
-    catalogs = [open_catalog(config.data, role) for role in ("train", "val")]
-    for catalog in catalogs:
-        catalog.require_labels(f"the accuracy of {config.task}")
+    catalogs = []
+    for role in ("train", "val"):
+        catalogs.append(open_catalog(config.data, role))
+        catalogs[-1].require_labels(f"the accuracy of {config.task}")
     return catalogs
 
 

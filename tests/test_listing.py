@@ -1,5 +1,6 @@
 """Names that are not text, what lies among the images and is none, folders that hold themselves, no labels at all."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,14 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fasttrain import cli
+from fasttrain.config import load
 from fasttrain.data import manifest
 from fasttrain.data.catalog import NoSplit, open_catalog
 from fasttrain.data.damage import Bad, BadImages
 from fasttrain.data.listing import SIGNATURES, begins_like_an_image
 from fasttrain.data.verify import verify
 from fasttrain.errors import UsageError
+from fasttrain.evaluation.online import open_measured
+from fasttrain.export import export
+from fasttrain.models import Encoder, ModelConfig
 from fasttrain.printable import printable
 from tests.test_catalog import config, encode, plant
+from tests.test_launch import SMALL, script
 
 ODD = [b"caf\xe9.jpg", b"two\nlines.jpg", b"\x1b[31mred.jpg", "😀 x.jpg".encode(), b"-rf.jpg", b"\x80\xff", b"x" * 255]
 
@@ -266,36 +273,100 @@ def test_an_ffcv_file_of_images_without_labels_has_none(tmp_path):
 
 # The scripts -------------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parent.parent
+
+def call(name: str, *arguments: str) -> int | None:
+    """A script's work in this process."""
+    module = script(name)
+    schema, body, base = {
+        "pretrain": ("PretrainConfig", "pretrain", None),
+        "finetune": ("FinetuneConfig", "finetune", "of_source"),
+        "eval": ("EvalConfig", "evaluate", "of_run"),
+        "prepare": ("PrepareConfig", "prepare", None),
+    }[name]
+    base = [getattr(module, base)] if base else []
+    return getattr(module, body)(load(getattr(module, schema), list(arguments), *base))
 
 
-def launch(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    from tests.test_launch import environment as ours
+def test_a_run_of_odd_names_from_end_to_end(tmp_path, capfd, in_process):
+    """Data, run and weights under names that are no text: nothing raises, and what is said can be printed anywhere."""
+    data, run = tmp_path / os.fsdecode(b"d\xe9\x1b[1m"), tmp_path / os.fsdecode(b"r\xff\x1b x")
+    for split in ("train", "val"):
+        for name in (b"a\xe9", b"b\n"):
+            unlabelled(data / split / os.fsdecode(name), "root")
+    (data / "train" / os.fsdecode(b"b\n") / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(encode()[:300])
+    arguments = [*SMALL, f"data.root={data}", f"run.dir={run}", "loader.bad_share=0.1"]
+    for _ in range(2):
+        assert call("pretrain", *arguments) == 0
+    assert "b\\n/caf\\xe9\\n.jpg" in (run / "bad_images.txt").read_text()
+    assert list((run / "tensorboard").iterdir()) and (run / "curves.png").exists()
+    call("eval", "task=knn", f"source={run}")
+    assert json.loads((run / "eval-knn.json").read_text())["train"]["where"] == str(data / "train")
+    call("prepare", f"data.root={data}", f"data.cache={tmp_path}")
+    said = "".join(capfd.readouterr())
+    assert "going on from" in said and "r\\xff\\x1b x/encoder.safetensors" in said and "left out: 1" in said
+    assert all(line.isprintable() for line in said.replace("\t", " ").split("\n") if "\\x1b" in line)
 
-    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments]
-    return subprocess.run(command, env=ours() | environment, capture_output=True, timeout=240)
+
+def test_printing_never_ends_a_script(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(cli.distributed, "finalize", lambda: None)  # other tests of this process go on
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "data.root=/nowhere"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(script("prepare").PrepareConfig, lambda config: print("caf\udce9 ü 😀"), "")
+    assert ended.value.code == 0 and stream.buffer.getvalue() == b"caf\\udce9 \\xfc \\U0001f600\n"
 
 
-def test_a_run_of_odd_names_from_end_to_end(tmp_path):
-    """Data, run and results, all under names that no locale can write; resumed and evaluated."""
-    from tests.test_launch import SMALL
+def test_pretraining_needs_no_labels_and_says_what_falls_away(tmp_path, capfd):
+    data = [f"data.root={unlabelled(tmp_path / 'data', 'mixed')}", f"run.dir={tmp_path / 'run'}"]
+    assert call("pretrain", *SMALL, *data) == 0
+    captured = capfd.readouterr()
+    assert "note: evaluate.every_epochs falls to 0, since the images in" in captured.err
+    assert "kNN" not in captured.out and "every_epochs: 0" in (tmp_path / "run/config.yaml").read_text()
+    with pytest.raises(UsageError, match=r"the accuracy of knn needs labels, .* have no labels: give data\.root=…"):
+        call("eval", "task=knn", f"source={tmp_path / 'run'}")
+    with pytest.raises(UsageError, match=r"run\.keep_best=max:knn_top1: no accuracy can be measured, .* no labels"):
+        call("pretrain", *SMALL, data[0], f"run.dir={tmp_path / 'best'}", "run.keep_best=max:knn_top1")
+    with pytest.raises(UsageError, match=r"sup_con tells classes apart and the images have no labels"):
+        call("pretrain", *SMALL, data[0], f"run.dir={tmp_path / 'sup'}", "terms.simclr.objective=sup_con")
 
-    data = unlabelled(tmp_path / os.fsdecode(b"d\xe9\x1b[1m"), "root")
-    (data / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(encode()[:300])
-    folder = tmp_path / os.fsdecode(b"r\xff x")
-    arguments = [*SMALL, f"data.root={data}", f"run.dir={folder}", "loader.bad_share=0.1"]
-    ascii_only = {"PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    first = launch("pretrain", *arguments, **ascii_only)
-    assert first.returncode == 0, first.stderr
-    assert b"evaluate.every_epochs falls to 0" in first.stderr and b"\x1b" not in first.stdout + first.stderr
-    assert "caf\\xe9\\n.jpg" in (folder / "bad_images.txt").read_text()
-    assert list((folder / "tensorboard").iterdir()) and (folder / "curves.png").exists()
-    again = launch("pretrain", *arguments, **ascii_only)
-    assert again.returncode == 0 and b"going on from" in again.stderr, again.stderr
-    assert json.loads((folder / "checkpoints/step-00000006/state.json").read_text())["config"]["data"]["root"]
 
-    prepared = launch("prepare", f"data.root={data}", PYTHONIOENCODING="utf-8:strict")
-    assert prepared.returncode == 0 and b"caf\\xe9\\n.jpg: does not decode" in prepared.stdout, prepared.stderr
-    assert b"val: none" in prepared.stdout
-    refused = launch("eval", "knn", str(folder))
-    assert refused.returncode == 2 and b"needs labels" in refused.stderr, refused.stderr
+def test_finetuning_needs_no_labels_but_for_its_cross_entropy(tmp_path, capfd):
+    source = export(Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.0625)), tmp_path)
+    few = [f"data.root={unlabelled(tmp_path / 'data', 'split')}", f"source={source}", "train.steps=2"]
+    few += ["augment.size=16", "train.batch=8", "optimizer.warmup_steps=0", "attack.steps=1", "train.precision=fp32"]
+    assert call("finetune", *few, f"run.dir={tmp_path / 'run'}") == 0
+    assert "robust.every_steps falls to 0, since the images in" in capfd.readouterr().err
+    with pytest.raises(UsageError, match=r"fare\.against=cross_entropy needs labels, .* fare\.against=distance"):
+        call("finetune", *few, f"run.dir={tmp_path / 'other'}", "fare.against=cross_entropy")
+
+
+@pytest.mark.parametrize("layout", ["split", "one class"])
+def test_a_training_split_alone_is_prepared_and_measured_by_nothing(tmp_path, layout, capsys, in_process):
+    root = unlabelled(tmp_path / "data", layout)
+    call("prepare", f"data.root={root}", f"data.cache={tmp_path}")
+    out = capsys.readouterr().out
+    assert "train: 24 images" in out and "val: none; data.root=" in out and "data.val=…" in out
+    with pytest.raises(UsageError, match="no folder val"):
+        call("prepare", f"data.root={root}", "splits=[val]")
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({}, "has no folder val"),
+        ({"val/1.jpg": None}, "/val' have no labels"),
+        ({"val/a/1.jpg": None, "val/b/1.jpg": None}, None),
+    ],
+)
+def test_accuracy_is_measured_where_both_splits_have_labels(tmp_path, files, why):
+    root = plant(tmp_path / "data", {"train/a/1.jpg": None, "train/b/1.jpg": None, **files})
+    catalogs = open_measured(config(root), "evaluate.every_epochs", None)
+    assert len(catalogs) == 1 + (why is None)
+    if why:
+        assert (
+            catalogs[0].notes[0].startswith("evaluate.every_epochs falls to 0, since") and why in catalogs[0].notes[0]
+        )
+    assert len(open_measured(config(root), None, None)) == 1
+    with pytest.raises(UsageError, match=r"data\.val='dev' is no folder"):  # asked for by name
+        open_measured(config(root, val="dev"), "evaluate.every_epochs", None)

@@ -165,9 +165,10 @@ def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int,
     """
     entry = OBJECTIVES[config.objective]
     if classes < entry.classes:
+        what = "1 class" if classes else "no labels"
         raise UsageError(
-            f"{config.objective} tells classes apart and the images have {'1 class' if classes else 'no labels'}, so that "
-            "it learns nothing of them: choose nt_xent or simsiam, or give images of more classes"
+            f"{config.objective} tells classes apart and the images have {what}, so that it learns nothing of them: "
+            "choose nt_xent or simsiam, or give images of more classes"
         )
     has = {"head.layers": model.head.layers, "head.predictor": model.head.predictor, "classes": model.classes}
     for key in entry.needs:
