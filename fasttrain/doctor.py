@@ -332,7 +332,7 @@ def same_data(catalogs: Sequence[Catalog], root: str | None) -> list[Finding]:
             what = f"rank {others[0]} lists other images than rank 0 in {catalog.root}"
             findings.append(Finding(name, "fail", what, "copy the data and its manifest to every machine alike"))
         elif root is not None and catalog.names is not None and catalog.nbytes is None:
-            remedy = f"python launch/prepare.py data.root={root}"
+            remedy = f"python launch/prepare.py data.root={root}" + " data.by_content=true" * catalog.by_content
             findings.append(Finding(name, "warning", f"{what}; without a manifest", remedy))
         else:
             findings.append(Finding(name, "warning" if catalog.notes else "ok", what))

@@ -39,7 +39,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # by content; what the 
 
 class DataConfig(Config):
     root: str | None = None
-    """Folder <split>/<class>/*, CIFAR archive or folder, .beton file or its folder; null: the embedded data set."""
+    """Folder <split>/<class>/* (<split>/* or * without labels), CIFAR archive or folder, .beton file or its folder; null:
+    the embedded data set."""
     train: str | None = None
     """Training split: a folder or .beton file relative to the root; null finds train."""
     val: str | None = None
@@ -315,6 +316,9 @@ def _open_folder(
     if found is not None and (found.listing != names.digest() or len(found.sizes) != len(names)):
         notes.append("the manifest lists other files than are there now and is not used: run launch/prepare.py again")
         found = None
+    if not classes and (inside := len(names) - len(listing.loose)):
+        loose = f"{len(listing.loose):,} images lie directly in it"
+        notes.append(f"{loose} and {inside:,} in folders, which are therefore taken for no classes")
     if images := listing.rest.of_images():
         notes.append(f"some left unread begin like images ({_few(images)}): data.by_content=true takes them")
     nbytes = None
