@@ -39,8 +39,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # by content; what the 
 
 class DataConfig(Config):
     root: str | None = None
-    """Folder <split>/<class>/* (<split>/* or * without labels), CIFAR archive or folder, .beton file or its folder; null:
-    the embedded data set."""
+    """Folder <split>/<class>/* (without labels <split>/* or *), CIFAR archive or folder, .beton file or its folder;
+    null: the embedded data set."""
     train: str | None = None
     """Training split: a folder or .beton file relative to the root; null finds train."""
     val: str | None = None
@@ -316,7 +316,7 @@ def _open_folder(
     if found is not None and (found.listing != names.digest() or len(found.sizes) != len(names)):
         notes.append("the manifest lists other files than are there now and is not used: run launch/prepare.py again")
         found = None
-    if not classes and (inside := len(names) - len(listing.loose)):
+    if not classes and (inside := sum(map(len, listing.folders.values()))):
         loose = f"{len(listing.loose):,} images lie directly in it"
         notes.append(f"{loose} and {inside:,} in folders, which are therefore taken for no classes")
     if images := listing.rest.of_images():
