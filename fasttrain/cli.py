@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -46,6 +47,9 @@ def main(
     ``--local_rank=N``, which DeepSpeed's launcher adds, is ignored in favour of the environment. ``base`` is
     :func:`fasttrain.config.load`'s.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # that the locale cannot write a name is no reason to end
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     flags = {a for a in arguments if a in ("--help", "-h", "--print-config", "--debug")}
     arguments = [a for a in arguments if a not in flags]

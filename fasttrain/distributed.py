@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasttrain.errors import UsageError
+from fasttrain.printable import printable
 from fasttrain_kernels.heap import keep_heap
 
 T = TypeVar("T")
@@ -127,10 +128,10 @@ def local_rank() -> int:
 
 
 def say(line: str) -> None:
-    """A line on standard error for the person who watches, from rank 0, without breaking a bar."""
+    """A line on standard error for the person who watches, from rank 0, :func:`printable`, without breaking a bar."""
     if rank() == 0:
         with suppress(OSError):  # the terminal may be gone, and the work goes on
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(printable(line), file=sys.stderr)
             sys.stderr.flush()
 
 

@@ -34,6 +34,7 @@ from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
 from fasttrain.optim import APEX_INSTALL, OptimizerConfig, require_apex
+from fasttrain.printable import printable
 from fasttrain.run import RunConfig
 
 Status = Literal["ok", "warning", "fail"]
@@ -57,8 +58,8 @@ class Finding(NamedTuple):
     remedy: str = ""
 
     def line(self) -> str:
-        text = f"{self.status:8s}{self.name:18s}{self.what}"
-        return f"{text}\n{'':26s}-> {self.remedy}" if self.remedy else text
+        text = printable(f"{self.status:8s}{self.name:18s}{self.what}")
+        return f"{text}\n{'':26s}-> {printable(self.remedy)}" if self.remedy else text
 
 
 def attempt(name: str, check: Callable[[], Finding], remedy: str) -> Finding:
@@ -324,14 +325,14 @@ def same_data(catalogs: Sequence[Catalog], root: str | None) -> list[Finding]:
         name = f"data, {catalog.split}"
         fingerprints = distributed.all_gather_object(catalog.fingerprint)
         others = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
-        what = f"{len(catalog):,} images of {len(catalog.classes)} classes in {catalog.root}"
+        what = catalog.contents()
         what += f", {len(catalog.excluded):,} left out" if catalog.excluded else ""
         what += "".join(f"; {note}" for note in catalog.notes)
         if others:
             what = f"rank {others[0]} lists other images than rank 0 in {catalog.root}"
             findings.append(Finding(name, "fail", what, "copy the data and its manifest to every machine alike"))
         elif root is not None and catalog.names is not None and catalog.nbytes is None:
-            remedy = f"python launch/prepare.py data.root={root}"
+            remedy = f"python launch/prepare.py data.root={root}" + " data.by_content=true" * catalog.by_content
             findings.append(Finding(name, "warning", f"{what}; without a manifest", remedy))
         else:
             findings.append(Finding(name, "warning" if catalog.notes else "ok", what))

@@ -1,5 +1,7 @@
 """The exceptions that reach a person as a line instead of a traceback."""
 
+from fasttrain.printable import printable
+
 
 class UsageError(Exception):
     """A mistake that its maker can mend: the message is one line that names the offending value and the remedy.
@@ -8,7 +10,7 @@ class UsageError(Exception):
     """
 
     def __init__(self, message: str, everywhere: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.everywhere = everywhere
 
 

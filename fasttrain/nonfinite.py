@@ -144,7 +144,7 @@ def read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
                 raise ValueError(f"'{key}' in {STEP} is {step[key]!r}"[:200])
         if not step["ranks"] or not all(isinstance(part, list) for rank in step["ranks"] for part in rank["index"]):
             raise ValueError(f"'ranks' in {STEP} have no lists of images")
-        weights, random = (safetensors.torch.load_file(str(folder / name)) for name in (WEIGHTS, RANDOM))
+        weights, random = (safetensors.torch.load((folder / name).read_bytes()) for name in (WEIGHTS, RANDOM))
         missing = {f"{rank:05d}/random.cpu" for rank in range(len(step["ranks"]))} - random.keys()
         if missing:
             raise ValueError(f"{RANDOM} lacks {min(missing)}")

@@ -25,6 +25,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +39,8 @@ from fasttrain.errors import UsageError
 from fasttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from fasttrain.data.damage import BadImages
 
 
@@ -173,10 +176,8 @@ class Run:
             self._bad_before = bad.read_bytes() if bad.exists() else b""
         else:
             bad.unlink(missing_ok=True)
-        from torch.utils.tensorboard import SummaryWriter
-
         # What an earlier life reported beyond ``start``, and where it saved nothing all of it, is not shown twice.
-        self._tensorboard = SummaryWriter(str(events), purge_step=start + 1 if start else 0)
+        self._tensorboard = _tensorboard_writer(events, start + 1 if start else 0)
 
     def _set_aside(self, path: Path, why: str) -> None:
         """Rename what cannot be read: it is in nobody's way, and not lost."""
@@ -241,7 +242,7 @@ class Run:
         self._silent = True
 
     def say(self, line: str) -> None:
-        """A line for the person who watches, from rank 0, without breaking the bar."""
+        """A line for the person who watches, from rank 0, without breaking the bar; whatever names are in it."""
         distributed.say(line)
 
     def __enter__(self) -> Run:
@@ -319,6 +320,21 @@ def replace_file(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def _tensorboard_writer(folder: Path, purge_step: int) -> SummaryWriter:
+    """TensorBoard cannot write to a name that is not UTF-8; the system has another one of every open folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        str(folder).encode()
+        return SummaryWriter(str(folder), purge_step=purge_step)
+    except UnicodeEncodeError:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        writer = SummaryWriter(f"/proc/self/fd/{descriptor}", purge_step=purge_step)
+        weakref.finalize(writer, os.close, descriptor)
+        return writer
 
 
 def _short(value: Any) -> str:

@@ -33,6 +33,7 @@ from fasttrain.benchmarks.timing import Report, bars
 from fasttrain.config import Config
 from fasttrain.errors import UsageError
 from fasttrain.output import try_output, write_output
+from fasttrain.printable import printable
 from fasttrain_kernels.heap import keep_heap
 
 ELSEWHERE = "choose another place with output=…"
@@ -104,7 +105,7 @@ def bench(config: BenchConfig) -> None:
         try_output(place, ELSEWHERE)
     parts = {name: getattr(config, name) for name in TASKS} if config.task == "all" else {config.task: config}
     reports = {name: TASKS[name].run(part, config.rounds) for name, part in parts.items()}
-    command = " ".join(["python", "launch/bench.py", *sys.argv[1:]])
+    command = printable(" ".join(["python", "launch/bench.py", *sys.argv[1:]]))
     date, machine, found = datetime.date.today().isoformat(), hardware(), versions()
     result = {
         "command": command,

@@ -24,7 +24,7 @@ from pydantic import Field
 from fasttrain import cli, distributed, inherited
 from fasttrain.config import Config, Where
 from fasttrain.data.augment import AugmentConfig
-from fasttrain.data.catalog import DataConfig, open_catalog
+from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.knn import KNNConfig, knn
@@ -35,6 +35,7 @@ from fasttrain.export import load_encoder
 from fasttrain.models import ModelConfig
 from fasttrain.output import try_output, write_output
 from fasttrain.precision import Precision, autocast_dtype, decide
+from fasttrain.printable import printable
 
 ELSEWHERE = "choose another place with output=…"
 
@@ -94,7 +95,7 @@ def evaluate(config: EvalConfig) -> None:
     source = Path(config.source)
     output = Path(config.output or (source if source.is_dir() else source.parent) / f"eval-{config.task}.json")
     distributed.on_rank_zero(lambda: try_output(output, ELSEWHERE))
-    catalogs = distributed.agree(lambda: [open_catalog(config.data, role) for role in ("train", "val")])
+    catalogs = distributed.agree(lambda: labelled(config))
     autocast = autocast_dtype(decide(config.precision, device))
     shares = [thin(catalogs[0].indices, config.bank), catalogs[1].indices]
     crop = config.augment, config.loader, device
@@ -125,7 +126,16 @@ def evaluate(config: EvalConfig) -> None:
     for name, value in found._asdict().items():
         print(f"{name:16s}{100 * value:8.2f} %" if "top" in name else f"{name:16s}{value!s:>8}", flush=True)
     write_output(output, json.dumps(table, indent=1) + "\n", ELSEWHERE)
-    print(f"{'written to':16s}{output}")
+    print(f"{'written to':16s}{printable(output)}")
+
+
+def labelled(config: EvalConfig) -> list[Catalog]:
+    """Both splits, whose labels mean something."""
+    catalogs = []
+    for role in ("train", "val"):
+        catalogs.append(open_catalog(config.data, role))
+        catalogs[-1].require_labels(f"the accuracy of {config.task}")
+    return catalogs
 
 
 def of_run(given: dict[str, Any]) -> dict[str, Any]:

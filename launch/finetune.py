@@ -23,12 +23,12 @@ from fasttrain import cli, distributed, engine, export, inherited, plots
 from fasttrain.attacks import AttackConfig
 from fasttrain.config import Config, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
-from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
+from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.accuracy import percent
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
-from fasttrain.evaluation.online import catalog_features, thin
+from fasttrain.evaluation.online import catalog_features, open_measured, thin
 from fasttrain.evaluation.robust import OnlineRobust, RobustConfig
 from fasttrain.export import ExportConfig, load_encoder
 from fasttrain.models import Encoder, ModelConfig
@@ -36,6 +36,7 @@ from fasttrain.models.reference import keep_in_evaluation
 from fasttrain.objectives import FareConfig, Reference, fare, fare_one_sided, surrogate_one_sided
 from fasttrain.optim import OptimizerConfig
 from fasttrain.precision import autocast_dtype
+from fasttrain.printable import printable
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import adversarial
@@ -131,7 +132,10 @@ def finetune(config: FinetuneConfig) -> int:
     torch.manual_seed(config.run.seed)
     with Run(config.run) as run:
         parts = distributed.agree(lambda: build(config, encoder, device))
-        run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
+        for line in "\n".join(catalog.summary() for catalog in parts.catalogs).split("\n"):
+            run.say(line)
+        if not parts.evaluations:
+            config = config.model_copy(update={"robust": config.robust.model_copy(update={"every_steps": 0})})
         fingerprint = parts.catalogs[0].fingerprint
         if parts.classifier is not None and not begun:  # else it comes with the checkpoint
             fit_to_clean_features(parts.classifier, config, encoder, parts.catalogs[0], device)
@@ -158,17 +162,20 @@ class Parts(NamedTuple):
 def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Parts:
     """All that can be wrong about the configuration or the data is found here, before ranks wait for each other."""
     rank, world = distributed.rank(), distributed.world_size()
-    catalogs = [
-        open_catalog(config.data, role) for role in (("train", "val") if config.robust.every_steps else ("train",))
-    ]
+    catalogs = open_measured(
+        config.data, "robust.every_steps" if config.robust.every_steps else None, config.run.keep_best
+    )
+    measured, labels = len(catalogs) == 2, config.fare.against == "cross_entropy"
+    if labels:
+        catalogs[0].require_labels("fare.against=cross_entropy", ", or use fare.against=distance, which needs none")
     micro_batch = config.train.micro_batch(world) * world
     order = Order(catalogs[0].indices, config.run.seed, micro_batch, config.train.accumulation)
     plan = engine.plan(config.train, config.optimizer, order)
     augment = SimCLR(config.augment, config.run.seed)
     loader = make_loader(config.loader, catalogs[0], order, augment, device, rank, world)
 
-    outputs = len(catalogs[0].classes)
-    classifier = nn.Linear(encoder.backbone.num_features, outputs).to(device) if config.classifies else None
+    needed = measured or labels
+    classifier = nn.Linear(encoder.backbone.num_features, len(catalogs[0].classes)).to(device) if needed else None
     reference = Reference(encoder, classifier)
     if config.fare.batchnorm == "eval":
         keep_in_evaluation(encoder)
@@ -179,7 +186,7 @@ def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Par
         terms.append(Term("clean", fare(), config.fare.alpha))
 
     evaluations = []
-    if config.robust.every_steps:
+    if measured:
         autocast = autocast_dtype(config.train.precision)
         where = config.classifier.batch, catalogs[1], config.augment, config.loader
         robust = OnlineRobust(config.robust, *where, encoder, classifier, device, autocast)
@@ -210,7 +217,7 @@ def summary(run: Run) -> str:
         if values := [line[key] for line in metrics if key in line]:
             lines[key] = f"{percent(values[-1])} fine-tuned, {percent(values[0])} the source"
     lines |= {"run": run.dir}
-    return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())
+    return "\n" + "\n".join(printable(f"{name:20s}{value}") for name, value in lines.items())
 
 
 def of_source(given: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python launch/prepare.py data.root=/data/imagenet
     python launch/prepare.py data.root=/data/imagenet beton.folder=/data/imagenet-ffcv beton.max_resolution=400
 
-Every image of both splits is decoded, in several processes. A manifest beside each split then says how large the images
+Every image of the splits is decoded, in several processes. A manifest beside each split then says how large the images
 are, and which files cannot be read and why: runs leave those out. Prepare a data set again when its files change; what
 vanishes or changes while a run goes on is replaced in it, up to loader.bad_share.
 """
@@ -18,9 +18,10 @@ from pydantic import Field
 from fasttrain import cli
 from fasttrain.config import Config, Where
 from fasttrain.data import manifest
-from fasttrain.data.catalog import Catalog, DataConfig, Role, open_catalog
+from fasttrain.data.catalog import Catalog, DataConfig, NoSplit, Role, open_catalog
 from fasttrain.data.verify import verify
 from fasttrain.output import try_output
+from fasttrain.printable import printable
 
 
 class BetonConfig(Config):
@@ -43,21 +44,29 @@ class BetonConfig(Config):
 
 class PrepareConfig(Config):
     data: DataConfig = DataConfig()
-    splits: tuple[Role, ...] = ("train", "val")
-    """Which splits."""
+    splits: tuple[Role, ...] | None = Field(None, min_length=1)
+    """Which splits; null: train, and val where there is one."""
     workers: int | None = Field(None, ge=1)
     """Processes that decode; null: one a core."""
     beton: BetonConfig = BetonConfig()
 
 
 def prepare(config: PrepareConfig) -> None:
-    catalogs = [open_catalog(config.data, split, use_manifest=False) for split in config.splits]
+    catalogs = [open_catalog(config.data, split, use_manifest=False) for split in config.splits or ("train",)]
+    absent = None
+    if config.splits is None:
+        try:
+            catalogs.append(open_catalog(config.data, "val", use_manifest=False))
+        except NoSplit as missing:
+            absent = missing
     try_places(config, catalogs)
     for catalog in catalogs:
         print(verify(catalog, config.data.cache_folder, config.workers), flush=True)
+    if absent:
+        print(f"val: none; {absent}")
     if config.beton.folder is not None:
-        for split in config.splits:
-            write_beton(open_catalog(config.data, split), config.beton, config.workers)
+        for catalog in catalogs:
+            write_beton(open_catalog(config.data, catalog.split), config.beton, config.workers)
 
 
 def try_places(config: PrepareConfig, catalogs: list[Catalog]) -> None:
@@ -77,7 +86,8 @@ def write_beton(catalog: Catalog, settings: BetonConfig, workers: int | None) ->
     from fasttrain.data import beton
 
     chosen = settings.model_dump(exclude={"folder"})
-    print("wrote", beton.write_beton(catalog, beton_of(settings, catalog), **chosen, workers=workers))
+    written = beton.write_beton(catalog, beton_of(settings, catalog), **chosen, workers=workers)
+    print("wrote", printable(written))
 
 
 if __name__ == "__main__":

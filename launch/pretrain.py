@@ -22,16 +22,17 @@ from pydantic import Field
 from fasttrain import cli, distributed, engine, export, inherited, plots
 from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
-from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
+from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.accuracy import percent
-from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN
+from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN, open_measured
 from fasttrain.export import ExportConfig
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.objectives import build_objective, check_term
 from fasttrain.optim import OptimizerConfig
 from fasttrain.precision import autocast_dtype
+from fasttrain.printable import printable
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import ViewedTermConfig, build_view
@@ -70,7 +71,11 @@ def pretrain(config: PretrainConfig) -> int:
     torch.manual_seed(config.run.seed)
     with Run(config.run) as run:
         parts = distributed.agree(lambda: build(config, device))
-        run.say("\n".join(catalog.summary() for catalog in parts.catalogs))
+        for line in "\n".join(catalog.summary() for catalog in parts.catalogs).split("\n"):
+            run.say(line)
+        if not parts.evaluations:
+            evaluate = config.evaluate.model_copy(update={"every_epochs": 0.0})
+            config = config.model_copy(update={"evaluate": evaluate})
         begun = distributed.on_rank_zero(lambda: any(run.checkpoints.glob("step-*")))
         if config.model.weights is not None and not begun:  # else they come with the checkpoint
             distributed.agree(lambda: export.load_backbone(parts.module.encoder, config.model.weights))
@@ -98,8 +103,8 @@ class Parts(NamedTuple):
 def build(config: PretrainConfig, device: torch.device) -> Parts:
     """All that can be wrong about the configuration or the data is found here, before ranks wait for each other."""
     rank, world = distributed.rank(), distributed.world_size()
-    roles = ("train", "val") if config.evaluate.every_epochs else ("train",)
-    catalogs = [open_catalog(config.data, role) for role in roles]
+    every = config.evaluate.every_epochs
+    catalogs = open_measured(config.data, "evaluate.every_epochs" if every else None, config.run.keep_best)
     micro_batch = config.train.micro_batch(world) * world
     order = Order(catalogs[0].indices, config.run.seed, micro_batch, config.train.accumulation)
     plan = engine.plan(config.train, config.optimizer, order)
@@ -119,11 +124,10 @@ def build(config: PretrainConfig, device: torch.device) -> Parts:
     augment = SimCLR(config.augment, config.run.seed)
     loader = make_loader(config.loader, catalogs[0], order, augment, device, rank, world)
     evaluations = []
-    if config.evaluate.every_epochs:
+    if len(catalogs) == 2:
         autocast = autocast_dtype(config.train.precision)
         knn = OnlineKNN(config.evaluate, catalogs, config.augment, config.loader, encoder, device, autocast)
-        every = max(1, round(config.evaluate.every_epochs * plan.steps_per_epoch))
-        evaluations = [engine.Callback(every, knn, knn.metrics)]
+        evaluations = [engine.Callback(max(1, round(every * plan.steps_per_epoch)), knn, knn.metrics)]
     return Parts(catalogs, loader, TrainStep(encoder, terms), plan, evaluations)
 
 
@@ -137,7 +141,7 @@ def summary(run: Run, start: str) -> str:
         lines = {"kNN accuracy": f"{percent(knn[-1])} trained, {percent(knn[0])} the same encoder {start}"} | lines
     if rates:
         lines = {"images per second": f"{rates[len(rates) // 2]:.1f}"} | lines
-    return "\n" + "\n".join(f"{name:20s}{value}" for name, value in lines.items())
+    return "\n" + "\n".join(printable(f"{name:20s}{value}") for name, value in lines.items())
 
 
 def of_weights(given: dict[str, Any]) -> dict[str, Any]:

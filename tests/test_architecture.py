@@ -10,7 +10,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"errors", "precision"},
+    {"errors", "precision", "printable"},
     {"config"},
     {"distributed"},
     {"data", "models", "run", "stop", "watchdog"},

@@ -138,8 +138,11 @@ def test_names_are_packed_without_confusion():
     ("files", "message"),
     [
         (None, "does not exist"),
-        ({}, "empty or has no folders"),
-        ({"train/1.jpg": None}, "has no class folders"),
+        ({}, r"has no image: expected .*/<class>/<image>.jpg, or images without labels directly in it"),
+        (
+            {"train/1.txt": b"x"},
+            r"/train' has no image \(left unread: 1 file: 1 .txt\): expected .*/<class>/<image>.jpg",
+        ),
         ({"train/a/1.jpg": None, "train/b/readme.txt": b"x"}, r"class folder '.*/b' has no image"),
         (
             {"train/a/1.jpg": None, "train/b/1.jpg": b"", "train/b/2.jpg": b""},
@@ -210,7 +213,7 @@ def test_with_a_manifest_no_file_is_touched(tree, tmp_path, monkeypatch):
     catalog = open_catalog(config(tree), "train")
     manifest.save(a_manifest(catalog), catalog.root, tmp_path / "cache")
     monkeypatch.setattr("fasttrain.data.catalog._bytes_of", None)
-    monkeypatch.setattr("fasttrain.data.catalog._begins_like_an_image", None)
+    monkeypatch.setattr("fasttrain.data.catalog.begins_like_an_image", None)
     assert len(open_catalog(config(tree), "train")) == 6
 
 

@@ -344,6 +344,7 @@ def test_a_model_without_the_head_is_refused(term: dict, model: dict, message: s
         ("simsiam", 1, 10, r"raise train\.batch or lower train\.accumulation$"),
         ("sup_con", 64, 1, "sup_con tells classes apart and the images have 1"),
         ("cross_entropy", 64, 1, "choose nt_xent or simsiam"),
+        ("sup_con", 64, 0, "sup_con tells classes apart and the images have no labels, .* give images of more classes"),
     ],
 )
 def test_a_loss_that_would_be_constant_is_refused(objective: str, images: int, classes: int, message: str) -> None:

@@ -52,11 +52,19 @@ def compare_loaders(config: LoaderBenchConfig, rounds: int) -> Report:
         contestants["bare FFCV, crop and flip"] = bare_ffcv(catalog, plain, batch, count, loader.thread_count())
     elif catalog.encoded:
         files = [catalog.path(i) for i in picked]
+        if odd := next((path for path in files if not _is_utf8(path)), None):
+            raise UsageError(
+                f"'{odd}' is not UTF-8, and DALI's own reader opens no other names: rename it, or link to it"
+            )
         contestants["bare DALI, all"] = bare_dali(files, augment, batch, loader.thread_count(), device)
         contestants["bare DALI, crop and flip"] = bare_dali(files, plain, batch, loader.thread_count(), device)
     timings = alternate(contestants, rounds)
     rates = {timing.name: timing.rate for timing in timings}
     return Report(table(timings, "images"), [timing._asdict() for timing in timings], rates, "images/s")
+
+
+def _is_utf8(path: str) -> bool:
+    return path == path.encode(errors="replace").decode()
 
 
 def bare_dali(

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "evaluate.",
     "export.",
     "data.root",
+    "data.by_content",
     "data.cache",
     "data.download",
     "train.device",

@@ -60,8 +60,8 @@ def read_listing(path: str | Path) -> Listing:
     beton, sidecar = open_beton(path), _read_sidecar(Path(path))
     samples = beton.samples
     full = int(sidecar.get("count") or samples["id"][-1] + 1)
-    classes = sidecar.get("classes") or [str(label) for label in range(int(samples["label"].max()) + 1)]
-    if full <= samples["id"][-1] or len(classes) <= samples["label"].max():
+    classes = sidecar.get("classes", [str(label) for label in range(int(samples["label"].max()) + 1)])
+    if full <= samples["id"][-1] or max(1, len(classes)) <= samples["label"].max():  # unlabelled, all are 0
         raise UsageError(
             f"'{path}' has samples beyond the {full:,} of {len(classes):,} classes in its sidecar: write it again"
         )

@@ -1,6 +1,7 @@
 """What images there are, and what to call them: ImageFolder trees, CIFAR archives, FFCV files.
 
     root ── train/ ── class/ ── **/*.jpg        ImageFolder; class folders directly under the root are one split
+         ── train/ ── **/*.jpg                  images without labels; those directly under the root likewise
          ── cifar-10-python.tar.gz              or cifar-10-batches-py/, and CIFAR-100's; root may name them itself
          ── train.beton, val.beton              FFCV; root may name one file itself
 
@@ -13,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -25,19 +25,20 @@ from pydantic import Field
 from fasttrain.config import Config
 from fasttrain.data import cifar, manifest, shapes
 from fasttrain.data.header import header_size
+from fasttrain.data.listing import EXTENSIONS, Listing, Rest, begins_like_an_image, folders_of, in_threads, list_images
 from fasttrain.errors import UsageError
+from fasttrain.printable import printable
 
 Role = Literal["train", "val"]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 
-_THREADS = 16  # a scan waits for the file system, not for a core
 
 
 class DataConfig(Config):
     root: str | None = None
-    """Folder <split>/<class>/*, CIFAR archive or folder, .beton file or its folder; null: the embedded data set."""
+    """Folder <split>/<class>/* (without labels <split>/* or *), CIFAR archive or folder, .beton file or its folder;
+    null: the embedded data set."""
     train: str | None = None
     """Training split: a folder or .beton file relative to the root; null finds train."""
     val: str | None = None
@@ -46,6 +47,8 @@ class DataConfig(Config):
     """For the embedded data set and manifests of read-only data; null: fasttrain in $XDG_CACHE_HOME or ~/.cache."""
     share: float = Field(1.0, gt=0, le=1)
     """Share of each class's training images to use: the same ones for any seed, a larger share holds a smaller."""
+    by_content: bool = False
+    """Of folders: take the files that begin like a JPEG, PNG, BMP, PPM, TIFF or WebP, whatever their names end in."""
     download: bool = False
     """Fetch the CIFAR archive that root names (…/cifar-10-python.tar.gz or …/cifar-100-python.tar.gz) if absent."""
 
@@ -82,8 +85,8 @@ class Catalog:
     """
 
     split: str
-    classes: list[str]
-    labels: np.ndarray  # [full] int64; -1 where an FFCV file lacks the id
+    classes: list[str]  # none of images without labels
+    labels: np.ndarray  # [full] int64; -1 where an FFCV file lacks the id, 0 without labels
     indices: np.ndarray  # [n] int64, sorted: the ids that may be used
     sizes: np.ndarray  # [full, 2] int32 (height, width); 0 where not known yet
     root: Path  # the split's folder, archive or FFCV file
@@ -93,6 +96,8 @@ class Catalog:
     beton: Path | None = None  # FFCV reads it, read() is not used
     excluded: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
     notes: list[str] = field(default_factory=list)  # what a person should be told
+    rest: Rest = field(default_factory=Rest)  # what lies among the files and is not listed
+    by_content: bool = False  # DataConfig's
     fingerprint: str = ""  # hash of names, classes, labels and what is left out, wherever the data lies
 
     def __post_init__(self) -> None:
@@ -127,7 +132,7 @@ class Catalog:
         raise TypeError(f"'{self.root}' is read by FFCV's loader")
 
     def path(self, index: int) -> str:
-        """What to call the sample in a message."""
+        """The file to read; of pixels, what to call the sample. Messages show it as :func:`printable`."""
         return os.path.join(self.root, self.names[index]) if self.names is not None else f"{self.root}[{index}]"
 
     def without(self, reasons: dict[int, str]) -> Catalog:
@@ -158,25 +163,57 @@ class Catalog:
         indices = self.indices[np.sort(np.concatenate(kept))]
         return replace(self, indices=indices, notes=[*self.notes, note], fingerprint="")
 
+    @property
+    def unlabelled(self) -> str | None:
+        """Why the labels can neither teach nor measure anything; None where they can."""
+        if len(self.classes) > 1:
+            return None
+        what = f"are all of one class, '{self.classes[0]}'" if self.classes else "have no labels"
+        return f"the images in '{self.root}' {what}"
+
+    def require_labels(self, what: str, otherwise: str = "") -> None:
+        """Refuse what makes no sense without labels.
+
+        Raises:
+            UsageError: there are none; ``otherwise`` is what else one can do.
+        """
+        if self.unlabelled:
+            remedy = f"give data.root=… of {self.split}/<class>/<image>{otherwise}"
+            raise UsageError(f"{what} needs labels, and {self.unlabelled}: {remedy}")
+
+    def contents(self) -> str:
+        """What there is and how much is not read, in a line."""
+        count = len(self.classes)
+        classes = f"of {count:,} class{'es' * (count != 1)}" if count else "without labels"
+        rest = f"; {self.rest}" if str(self.rest) else ""
+        return printable(f"{len(self):,} images {classes} in {self.root}{rest}")
+
     def summary(self, most: int = 5) -> str:
         """What there is and what was left out, for a person: a line, and one for each of the first ``most`` reasons."""
-        lines = [f"{self.split}: {len(self):,} images of {len(self.classes)} classes in {self.root}"]
+        lines = [f"{self.split}: {self.contents()}"]
         lines += [f"  note: {note}" for note in self.notes]
         if self.excluded:
             lines.append(f"  left out: {len(self.excluded):,}")
             lines += [f"    {path}: {reason}" for path, reason in self.excluded[:most]]
             lines += [f"    and {len(self.excluded) - most:,} more"] * (len(self.excluded) > most)
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
+
+
+class NoSplit(UsageError):
+    """The data has no such split, and none was named."""
 
 
 def open_catalog(config: DataConfig, role: Role, use_manifest: bool = True) -> Catalog:
-    """List the images of a split; of a folder, without opening more than one file a class.
+    """List the images of a split; of a folder, without opening more than one file a class, or an ending.
+
+    A folder of images without class folders, or with as many images outside of these as in them, has no labels.
 
     With a manifest of the same listing (``launch/prepare.py`` writes it) its sizes and quarantine are used, also where
     some of its files are missing now: so what vanishes during a run renumbers nothing when it goes on. Without one,
     empty files are left out, and each class must have a file that begins like an image.
 
     Raises:
+        NoSplit: there is none of that role.
         UsageError: a root, split or class without usable images, a wrong checksum, an FFCV file without FFCV installed.
     """
     catalog = _open(config, role, use_manifest)
@@ -192,30 +229,53 @@ def _open(config: DataConfig, role: Role, use_manifest: bool) -> Catalog:
         root = Path(config.root).expanduser()
         edition = cifar.find(root)
         if edition is not None:
+            _refuse_by_content(config, edition[1])
             return _open_cifar(config, role, *edition)
-    if not root.exists():
+    if not os.path.exists(root):
         raise UsageError(f"data.root='{root}' does not exist: give the folder that holds the splits, or an archive")
     beton = _find_beton(config, role, root)
     if beton is not None:
+        _refuse_by_content(config, beton)
         return _open_beton(beton, role)
     if not root.is_dir():
         raise UsageError(f"data.root='{root}' is neither a folder, nor a .beton file, nor a CIFAR archive by its name")
     folder = _find_split(config, role, root)
-    classes = _reference_classes(config, role, root, folder)
-    return _open_folder(folder, role, classes, config.cache_folder if use_manifest else None)
+    catalog = _open_folder(config, folder, role, _reference_classes(config, role, root, folder), use_manifest)
+    if role == "train" and folder.parent == root and (beside := _images_in(root)):
+        catalog.notes.append(f"{beside:,} images beside the folders of the splits, in '{root}' itself, are not read")
+    return catalog
 
 
-def _open_folder(folder: Path, role: Role, classes: list[str], cache: Path | None) -> Catalog:
-    names, labels = _list_images(folder, classes)
-    found, complaint = manifest.find(folder, cache) if cache is not None else (None, None)
+def _refuse_by_content(config: DataConfig, path: Path) -> None:
+    if config.by_content:
+        raise UsageError(f"data.by_content=true is of folders of image files, and '{path}' is none: leave it out")
+
+
+def _open_folder(
+    config: DataConfig, folder: Path, role: Role, reference: list[str] | None, use_manifest: bool
+) -> Catalog:
+    listing = list_images(folder, config.by_content)
+    names, classes, labels = _label(folder, listing, reference, config.by_content)
+    found, complaint = manifest.find(folder, config.cache_folder) if use_manifest else (None, None)
     notes = [complaint] if complaint else []
+    if found is not None and found.by_content != config.by_content and found.listing != names.digest():
+        notes.append(
+            f"the manifest was made with data.by_content={str(found.by_content).lower()} and is not used: run "
+            f"launch/prepare.py with data.by_content={str(config.by_content).lower()}"
+        )
+        found = None
     if found is not None and found.classes == classes and (lost := found.missing(names)):
         notes.append(f"{lost:,} files of the manifest are missing: others are shown in their place")
         names, label_of = Names(found.names), {name: label for label, name in enumerate(classes)}
-        labels = np.array([label_of[name.partition("/")[0]] for name in found.names], np.int64)
+        labels = np.array([label_of.get(name.partition("/")[0], 0) for name in found.names], np.int64)
     if found is not None and (found.listing != names.digest() or len(found.sizes) != len(names)):
         notes.append("the manifest lists other files than are there now and is not used: run launch/prepare.py again")
         found = None
+    if not classes and (inside := sum(map(len, listing.folders.values()))):
+        loose = f"{len(listing.loose):,} images lie directly in it"
+        notes.append(f"{loose} and {inside:,} in folders, which are therefore taken for no classes")
+    if images := listing.rest.of_images():
+        notes.append(f"some left unread begin like images ({_few(images)}): data.by_content=true takes them")
     nbytes = None
     if found is not None:
         sizes, reasons = found.sizes, {index: reason for index, _, reason in found.excluded}
@@ -232,6 +292,8 @@ def _open_folder(folder: Path, role: Role, classes: list[str], cache: Path | Non
         names=names,
         nbytes=nbytes,
         notes=notes,
+        rest=listing.rest,
+        by_content=config.by_content,
     )
     catalog = listed.without(reasons)
     if found is None:
@@ -239,54 +301,47 @@ def _open_folder(folder: Path, role: Role, classes: list[str], cache: Path | Non
     return catalog
 
 
-def _list_images(folder: Path, classes: list[str]) -> tuple[Names, np.ndarray]:
-    """Relative names in torchvision's order (class, folder, file) and labels [full]; hidden files are skipped."""
-    present = [label for label, name in enumerate(classes) if (folder / name).is_dir()]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda label: list(_walk(os.path.join(folder, classes[label]), classes[label])), present))
-    for label, files in zip(present, found, strict=True):
+def _label(
+    folder: Path, listing: Listing, reference: list[str] | None, by_content: bool
+) -> tuple[Names, list[str], np.ndarray]:
+    """Names in torchvision's order (class, folder, file), classes, and labels [full].
+
+    Args:
+        reference: the classes in label order; None: the split's own folders.
+    """
+    inside = sum(map(len, listing.folders.values()))
+    if len(listing.loose) >= inside and listing.loose:
+        names = Names([*listing.loose, *(name for files in listing.folders.values() for name in files)])
+        return names, [], np.zeros(len(names), np.int64)
+    if not listing.folders:
+        expected = f"expected {folder}/<class>/<image>.jpg, or images without labels directly in it"
+        raise _no_image(f"'{folder}'", listing.rest, by_content, expected)
+    for name, files in listing.folders.items():
         if not files:
-            raise UsageError(
-                f"the class folder '{folder / classes[label]}' has no image: remove it, or fill it "
-                f"(files ending in {' '.join(EXTENSIONS)} are taken)"
-            )
-    names = Names(name for files in found for name in files)
-    return names, np.repeat(np.array(present, np.int64), [len(files) for files in found])
+            place = f"the class folder '{folder / name}'"
+            raise _no_image(place, listing.rests[name], by_content, "remove it, or fill it")
+    for name in listing.loose:
+        listing.rest.leave_loose(name)
+    classes = list(listing.folders) if reference is None else reference
+    labels = [classes.index(name) for name in listing.folders]
+    names = Names(name for files in listing.folders.values() for name in files)
+    return names, classes, np.repeat(np.array(labels, np.int64), [len(files) for files in listing.folders.values()])
 
 
-def _walk(path: str, relative: str) -> Iterator[str]:
-    folders, files = [], []
-    for entry in _scan(path):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            folders.append(entry.name)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            files.append(f"{relative}/{entry.name}")
-    yield from sorted(files)
-    for name in sorted(folders):
-        yield from _walk(f"{path}/{name}", f"{relative}/{name}")
+def _no_image(place: str, rest: Rest, by_content: bool, remedy: str) -> UsageError:
+    taken = "that begin like an image" if by_content else f"ending in {' '.join(EXTENSIONS)}"
+    what = f" ({rest})" if str(rest) else ""
+    more = ", or set data.by_content=true, which takes some that are there" if rest.of_images() else ""
+    return UsageError(f"{place} has no image{what}: {remedy} (files {taken} are taken){more}")
 
 
-def _scan(path: str | Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(path) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UsageError(f"cannot list the folder '{path}': {error.strerror}") from None
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in _scan(path) if not entry.name.startswith(".") and entry.is_dir())
+def _images_in(folder: Path) -> int:
+    return sum(name.lower().endswith(EXTENSIONS) and not name.startswith(".") for name in os.listdir(folder))
 
 
 def _empty_files(folder: Path, names: Names) -> list[int]:
-    def empty(part: np.ndarray) -> list[int]:
-        return [index for index in part.tolist() if _bytes_of(os.path.join(folder, names[index])) == 0]
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        parts = pool.map(empty, np.array_split(np.arange(len(names)), _THREADS))
-        return [index for part in parts for index in part]
+    sizes = in_threads(lambda name: _bytes_of(os.path.join(folder, name)), names)
+    return [index for index, nbytes in enumerate(sizes) if nbytes == 0]
 
 
 def _bytes_of(path: str) -> int:
@@ -300,60 +355,52 @@ def _check_every_class(catalog: Catalog) -> None:
     """Where nothing was verified, each class must at least have a file that begins like an image."""
     starts = np.unique(catalog.labels[catalog.indices], return_index=True)[1]
     for members in np.split(catalog.indices, starts[1:]):
-        if not any(_begins_like_an_image(catalog.path(index)) for index in members):
+        if not any(begins_like_an_image(catalog.path(index)) for index in members):
             raise _unreadable_class(catalog, int(members[0]), "it is not an image")
 
 
 def _unreadable_class(catalog: Catalog, index: int, reason: str) -> UsageError:
-    folder = catalog.root / catalog.classes[catalog.labels[index]]
     name = os.path.basename(catalog.path(index))
-    return UsageError(f"the class folder '{folder}' has no readable image ('{name}': {reason}): remove or refill it")
-
-
-def _begins_like_an_image(path: str) -> bool:
-    try:
-        header_size(np.fromfile(path, np.uint8))
-        return True
-    except (OSError, ValueError):
-        return False
+    place = f"'{catalog.root}'"
+    if catalog.classes:
+        place = f"the class folder '{catalog.root / catalog.classes[catalog.labels[index]]}'"
+    return UsageError(f"{place} has no readable image ('{name}': {reason}): remove or refill it")
 
 
 def _find_split(config: DataConfig, role: Role, root: Path) -> Path:
     given = getattr(config, role)
-    there = _folders(root)
+    there = folders_of(root)
     if given is not None:
-        if not (root / given).is_dir():
+        if not os.path.isdir(root / given):
             raise UsageError(f"data.{role}='{given}' is no folder in '{root}', which has: {_few(there)}")
         return root / given
     for name in SPLITS[role]:
         if name in there:
             return root / name
     has_splits = any(name in there for names in SPLITS.values() for name in names)
-    if role == "train" and there and not has_splits:
+    if role == "train" and not has_splits:
         return root
-    if not there:
-        raise UsageError(f"data.root='{root}' is empty or has no folders: expected <split>/<class>/<image>.jpg in it")
-    raise UsageError(
+    raise NoSplit(
         f"data.root='{root}' has no folder {' or '.join(SPLITS[role])}, but {_few(there)}: "
         f"name the {role} split with data.{role}=… ('.' is the root itself)"
     )
 
 
-def _reference_classes(config: DataConfig, role: Role, root: Path, folder: Path) -> list[str]:
-    """Class names in label order: the training split's for both splits, or a label would mean two classes."""
-    own = _folders(folder)
-    if not own:
-        raise UsageError(f"'{folder}' has no class folders: expected {folder}/<class>/<image>.jpg")
+def _reference_classes(config: DataConfig, role: Role, root: Path, folder: Path) -> list[str] | None:
+    """Class names in label order: the training split's for both splits, or a label would mean two classes.
+
+    None where the split's own are meant.
+    """
     if role == "train":
-        return own
+        return None
     try:
-        classes = _folders(_find_split(config, "train", root))
+        classes = folders_of(_find_split(config, "train", root))
     except UsageError:
-        return own
-    unknown = sorted(set(own) - set(classes))
+        return None
+    unknown = sorted(set(folders_of(folder)) - set(classes))
     if unknown and classes:
         raise UsageError(f"'{folder}' has classes that the training split lacks: {_few(unknown)}")
-    return classes or own
+    return classes or None
 
 
 def _open_cifar(config: DataConfig, role: Role, edition: cifar.Edition, path: Path) -> Catalog:
@@ -388,7 +435,7 @@ def _find_beton(config: DataConfig, role: Role, root: Path) -> Path | None:
         return None  # where both lie, image files are what the default loader reads
     found = [path for name in SPLITS[role] if (path := folder / f"{name}.beton").is_file()]
     if is_file and not found:
-        raise UsageError(f"'{root}' is one FFCV file and no {role}.beton lies beside it: name one with data.{role}=…")
+        raise NoSplit(f"'{root}' is one FFCV file and no {role}.beton lies beside it: name one with data.{role}=…")
     return found[0] if found else None
 
 
@@ -423,4 +470,4 @@ def _digest(*parts: str | bytes | np.ndarray) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["EXTENSIONS", "Catalog", "DataConfig", "Names", "header_size", "open_catalog"]
+__all__ = ["EXTENSIONS", "Catalog", "DataConfig", "Names", "NoSplit", "header_size", "open_catalog"]

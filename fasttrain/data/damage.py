@@ -19,6 +19,7 @@ import numpy as np
 
 from fasttrain import distributed
 from fasttrain.errors import UsageError
+from fasttrain.printable import printable
 
 PNG_END = b"IEND\xaeB`\x82"
 
@@ -54,7 +55,7 @@ class BadImages:
         Raises:
             UsageError: with it there are more than the budget allows.
         """
-        new = [(index, complaint) for index, complaint in dict(bad).items() if index not in self.found]
+        new = [(index, printable(complaint)) for index, complaint in dict(bad).items() if index not in self.found]
         for index, complaint in new:
             self.found[index] = complaint
             _log.warning("%s; another is shown instead (%d bad so far)", complaint, len(self.found))

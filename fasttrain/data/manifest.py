@@ -35,6 +35,7 @@ class Manifest:
     widths: list[int]
     nbytes: list[int] = field(default_factory=list)  # of each file; 0 where excluded
     names: list[str] = field(default_factory=list)  # relative to the split, in listing order
+    by_content: bool = False  # DataConfig's
     version: int = VERSION
 
     @property
@@ -61,7 +62,7 @@ class Manifest:
                 raise ValueError(f"its {key} are no list of names")
         if self.names and len(self.names) != count:
             raise ValueError(f"it has {len(self.names):,} names and {count:,} sizes")
-        if not {name.partition("/")[0] for name in self.names} <= set(self.classes):
+        if self.classes and not {name.partition("/")[0] for name in self.names} <= set(self.classes):
             raise ValueError("it names files of classes that it does not list")
         for entry in self.excluded if isinstance(self.excluded, list) else [None]:
             position, *texts = entry if isinstance(entry, list | tuple) and len(entry) == 3 else (None,)
@@ -78,7 +79,8 @@ class Manifest:
 def places(folder: Path, cache: Path) -> list[Path]:
     """Where the manifest of ``folder`` may lie: inside it, else (a read-only disk) in the cache, keyed by its path."""
     key = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=10).hexdigest()
-    return [folder / NAME, cache / "manifests" / f"{folder.name}-{key}.json"]
+    name = os.fsdecode(os.fsencode(folder.name)[:200])  # a file's may have 255 bytes
+    return [folder / NAME, cache / "manifests" / f"{name}-{key}.json"]
 
 
 def find(folder: Path, cache: Path) -> tuple[Manifest | None, str | None]:

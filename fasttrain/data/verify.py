@@ -30,6 +30,7 @@ from fasttrain.data.catalog import Catalog
 from fasttrain.data.damage import is_cut
 from fasttrain.data.header import header_size
 from fasttrain.errors import UsageError
+from fasttrain.printable import printable
 
 if TYPE_CHECKING:
     from fasttrain.data.decoder import Decoder
@@ -73,12 +74,19 @@ def verify(catalog: Catalog, cache: Path, workers: int | None = None) -> str:
     sizes, nbytes, excluded = _inspect_listing(catalog, workers)
     names = catalog.names
     found = manifest.Manifest(
-        names.digest(), catalog.classes, excluded, *sizes.T.tolist(), nbytes=nbytes.tolist(), names=list(names)
+        names.digest(),
+        catalog.classes,
+        excluded,
+        *sizes.T.tolist(),
+        nbytes=nbytes.tolist(),
+        names=list(names),
+        by_content=catalog.by_content,
     )
     path = manifest.save(found, catalog.root, cache)
     rate = len(sizes) / (time.perf_counter() - began)
     verified = catalog.without({index: reason for index, _, reason in excluded})
-    return f"{verified.summary(most=50)}\n  decoded by DALI {version}, {rate:,.0f} images/s\n  manifest: {path}"
+    place = printable(path)
+    return f"{verified.summary(most=50)}\n  decoded by DALI {version}, {rate:,.0f} images/s\n  manifest: {place}"
 
 
 def _dali_version() -> str:

@@ -14,9 +14,10 @@ from fasttrain import distributed
 from fasttrain.config import Config, Where
 from fasttrain.data import Batch
 from fasttrain.data.augment import AugmentConfig, CentreCrop
-from fasttrain.data.catalog import Catalog
+from fasttrain.data.catalog import Catalog, DataConfig, NoSplit, open_catalog
 from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
+from fasttrain.errors import UsageError
 from fasttrain.evaluation.features import Features, extract
 from fasttrain.evaluation.finite import check_features, reason
 from fasttrain.evaluation.knn import KNNConfig, knn
@@ -34,6 +35,32 @@ class EvaluateConfig(Config):
     knn: KNNConfig = KNNConfig()
 
     reads: ClassVar[dict[str, Where]] = {name: Where("every_epochs") for name in ("batch", "bank", "knn")}
+
+
+def open_measured(data: DataConfig, key: str | None, keep_best: str | None) -> list[Catalog]:
+    """The training split, and the validation split where accuracies are to be measured and can be.
+
+    Where they cannot, a note of the training split says that the setting ``key`` (None: they are not to be) falls to 0.
+
+    Raises:
+        UsageError: ``keep_best`` wants what cannot be measured.
+    """
+    train = open_catalog(data, "train")
+    if key is None:
+        return [train]
+    why = train.unlabelled
+    if why is None:
+        try:
+            val = open_catalog(data, "val")
+            why = val.unlabelled
+        except NoSplit as missing:
+            why = str(missing)
+    if why is None:
+        return [train, val]
+    if keep_best is not None:
+        raise UsageError(f"run.keep_best={keep_best}: no accuracy can be measured, since {why}")
+    train.notes.append(f"{key} falls to 0, since {why}")
+    return [train]
 
 
 class OnlineKNN:

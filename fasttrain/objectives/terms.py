@@ -171,6 +171,12 @@ def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int,
         UsageError: naming the key to set.
     """
     entry = OBJECTIVES[config.objective]
+    if classes < entry.classes:
+        what = "1 class" if classes else "no labels"
+        raise UsageError(
+            f"{config.objective} tells classes apart and the images have {what}, so that it learns nothing of them: "
+            "choose nt_xent or simsiam, or give images of more classes"
+        )
     has = {"head.layers": model.head.layers, "head.predictor": model.head.predictor, "classes": model.classes}
     for key in entry.needs:
         if not has[key]:
@@ -184,11 +190,6 @@ def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int,
             f"{config.objective} compares images and a micro-batch of all ranks has {images}, so that its loss is "
             "constant: raise train.batch or lower train.accumulation"
             + (" (or compare the whole batch by train.loss_over=batch)" if config.objective != "simsiam" else "")
-        )
-    if classes < entry.classes:
-        raise UsageError(
-            f"{config.objective} tells classes apart and the images have {classes}, so that it learns nothing of them: "
-            "choose nt_xent or simsiam, or give images of more classes"
         )
     if "classes" in entry.needs and model.classes != classes:
         raise UsageError(

@@ -74,7 +74,8 @@ def read(path: Path) -> Any:
         raise UsageError(f"'{path}' cannot be read ({error.strerror})") from None
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and length + 8 <= size:
-        return _guarded(path, lambda: safetensors.torch.load_file(str(path)))
+        # load_file would refuse a name that is not UTF-8
+        return _guarded(path, lambda: safetensors.torch.load(path.read_bytes()))
     zipped = head.startswith(b"PK\x03\x04")
     what = _of_zip(path) if zipped else _what_it_is(path, head)
     if what is not None:
