@@ -29,8 +29,9 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from fasttrain import distributed
-from fasttrain.config import Config, to_yaml
+from fasttrain.config import Config, PathText, to_yaml
 from fasttrain.errors import UsageError
+from fasttrain.reading import read_yaml
 from fasttrain.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 class RunConfig(Config):
     """Where a run lives and how often it reports and saves."""
 
-    dir: str = "runs/pretrain"
+    dir: PathText = "runs/pretrain"
     "everything the run writes; a rerun with the same folder goes on from its last checkpoint"
     seed: int = Field(0, ge=0, lt=2**32)
     "of the weights, the order of samples and the augmentation"
@@ -224,6 +225,12 @@ class Run:
                 with suppress(OSError):
                     writer.close()
         self._lock = self._metrics = self._tensorboard = self._bar = None
+
+
+def settings_of(source: object) -> dict[str, Any]:
+    """The configuration of the run in the folder ``source``, its values as text; {} where that is no run's folder."""
+    path = Path(os.path.expanduser(str(source))) / "config.yaml"
+    return read_yaml(path) if path.is_file() else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.nn.functional as F
-import yaml
 from pydantic import Field
 
 from fasttrain import cli, distributed
-from fasttrain.config import Config
+from fasttrain.config import Config, PathText
 from fasttrain.data.augment import AugmentConfig
 from fasttrain.data.catalog import DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig
@@ -34,6 +33,7 @@ from fasttrain.evaluation.robust import RobustConfig, robust_accuracy
 from fasttrain.export import load_encoder
 from fasttrain.models import ModelConfig
 from fasttrain.precision import Precision, autocast_dtype, decide
+from fasttrain.run import settings_of
 
 
 class EvalConfig(Config):
@@ -41,9 +41,9 @@ class EvalConfig(Config):
 
     task: Literal["knn", "linear", "robust"]
     "knn, linear or robust; the first argument"
-    source: str
+    source: PathText
     "a run's folder or a weights file; the second argument"
-    output: str | None = None
+    output: PathText | None = None
     "the JSON file; null: eval-<task>.json beside the weights"
     batch: int = Field(256, ge=1)
     "images each rank encodes at a time"
@@ -105,8 +105,7 @@ def evaluate(config: EvalConfig) -> None:
 
 def of_run(given: dict[str, Any]) -> dict[str, Any]:
     """A run's own data, crops and loader, where nothing else is asked for."""
-    path = Path(str(given.get("source", ""))) / "config.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    saved = settings_of(given.get("source", ""))
     return {key: saved[key] for key in ("data", "augment", "loader") if key in saved}
 
 

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
 from fasttrain import cli, distributed, engine, export, plots
 from fasttrain.attacks import AttackConfig
-from fasttrain.config import Config
+from fasttrain.config import Config, PathText
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
@@ -36,7 +35,7 @@ from fasttrain.models.reference import keep_in_evaluation
 from fasttrain.objectives import FareConfig, Reference, fare, fare_one_sided, surrogate_one_sided
 from fasttrain.optim import OptimizerConfig
 from fasttrain.precision import autocast_dtype
-from fasttrain.run import Run, RunConfig, read_metrics
+from fasttrain.run import Run, RunConfig, read_metrics, settings_of
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import adversarial
 
@@ -63,7 +62,7 @@ class OnlineRobustConfig(RobustConfig):
 class FinetuneConfig(Config):
     """Every part's own settings; the defaults are the paper's for CIFAR-10."""
 
-    source: str
+    source: PathText
     "the encoder to start from: a run's folder or a weights file"
     model: ModelConfig | None = None
     "architecture, of weights that say nothing of theirs (model.arch, model.stem, model.width, …)"
@@ -200,10 +199,9 @@ def summary(run: Run, weights: Path, picture: Path) -> str:
 
 def of_source(given: dict[str, Any]) -> dict[str, Any]:
     """The data, loader and image size of the run to start from, where nothing else is asked for."""
-    path = Path(str(given.get("source", ""))) / "config.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    saved = settings_of(given.get("source", ""))
     sections = {key: saved[key] for key in ("data", "loader") if key in saved}
-    sizes = {key: saved["augment"][key] for key in ("size", "eval_crop")} if "augment" in saved else {}
+    sizes = {key: value for key, value in saved.get("augment", {}).items() if key in ("size", "eval_crop")}
     return sections | ({"augment": sizes} if sizes else {})
 
 

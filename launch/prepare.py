@@ -16,13 +16,13 @@ from typing import Literal
 from pydantic import Field
 
 from fasttrain import cli
-from fasttrain.config import Config
+from fasttrain.config import Config, PathText
 from fasttrain.data.catalog import Catalog, DataConfig, Role, open_catalog
 from fasttrain.data.verify import verify
 
 
 class BetonConfig(Config):
-    folder: str | None = None
+    folder: PathText | None = None
     """Where to write train.beton and val.beton; null: nowhere."""
     mode: Literal["jpg", "raw", "smart", "proportion"] = "jpg"
     """Store JPEG, raw pixels, JPEG of large images only (smart), or JPEG of a share of the images (proportion)."""
@@ -55,7 +55,7 @@ def prepare(config: PrepareConfig) -> None:
 def write_beton(catalog: Catalog, settings: BetonConfig, workers: int | None) -> None:
     from fasttrain.data import beton
 
-    folder = Path(settings.folder).expanduser()
+    folder = Path(settings.folder)
     chosen = settings.model_dump(exclude={"folder"})
     print("wrote", beton.write_beton(catalog, folder / f"{catalog.split}.beton", **chosen, workers=workers))
 

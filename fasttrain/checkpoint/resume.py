@@ -10,7 +10,7 @@ from fasttrain import distributed
 from fasttrain.checkpoint import files
 from fasttrain.checkpoint.files import Checkpoint
 from fasttrain.checkpoint.state import restore
-from fasttrain.config import Config, differences
+from fasttrain.config import Config, differences, listed
 from fasttrain.errors import UsageError
 from fasttrain.run import Run
 
@@ -62,9 +62,15 @@ def resume(run: Run, engine, config: Config, data: str, loss_scale=None) -> Star
     if found is None:
         return Start()
     read, state = time.perf_counter(), found.state
+    ours, theirs = _script(config.model_dump()), _script(state["config"])
+    if theirs != ours:
+        raise UsageError(
+            f"run.dir={run.dir} is the folder of a run of {theirs}, and this is {ours}: choose another with run.dir=…",
+            everywhere=True,
+        )
     if lines := contradictions(config, state):
         raise UsageError(
-            f"run.dir={run.dir} was begun with other settings ({'; '.join(lines)}): "
+            f"run.dir={run.dir} was begun with other settings ({listed(lines)}): "
             "give the saved values, or choose another folder with run.dir=…",
             everywhere=True,
         )
@@ -80,6 +86,11 @@ def resume(run: Run, engine, config: Config, data: str, loss_scale=None) -> Star
     ended = time.perf_counter()
     run.say(f"going on from {found.path} (read and checked in {read - began:.1f} s, in place in {ended - read:.1f} s)")
     return Start(state["step"], state["skipped"])
+
+
+def _script(config: dict[str, Any]) -> str:
+    """The script whose configuration this is, by what its runs alone are told."""
+    return "launch/finetune.py" if "fare" in config else "launch/pretrain.py"
 
 
 def contradictions(config: Config, state: dict[str, Any]) -> list[str]:
