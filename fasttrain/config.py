@@ -171,8 +171,8 @@ def _of_file(schema: type[Config], file: str, others: Callable[[], dict[str, typ
         for command, other in others().items():
             if values.keys() <= other.model_fields.keys():
                 raise UsageError(
-                    f"'{file}' is a configuration of {command}: run {command} {file} …, or give a file of the keys here "
-                    f"('{foreign[0]}' is none; they are {', '.join(schema.model_fields)})"
+                    f"'{file}' is a configuration of {command}: run {command} {file} …, or give a file of the keys "
+                    f"here ('{foreign[0]}' is none; they are {', '.join(schema.model_fields)})"
                 )
     return values
 

@@ -7,6 +7,7 @@ number is refused where one is wanted.
 
 from __future__ import annotations
 
+import json
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -70,6 +71,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"'{path}' is not YAML: byte {error.start} is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise UsageError(f"'{path}' is not YAML: {_where(error)}") from None
+    try:
+        json.dumps(values, default=str)
+    except ValueError:
+        raise UsageError(f"'{path}' has an anchor that holds its own alias") from None
     if values is None:
         raise UsageError(f"'{path}' is empty: a configuration is a mapping of keys to values")
     if not isinstance(values, dict):
