@@ -66,10 +66,11 @@ def assign(schema: Any, values: dict[str, Any], key: str, text: str) -> None:
     """Set the dotted ``key`` in nested ``values`` to what ``text`` says to a setting of its type."""
     *parents, leaf = key.split(".")
     for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise UsageError(f"'{key}': '{parent}' is the value {inner}, not a section with keys of its own")
-        values = inner
+        if values.get(parent) is None:
+            values[parent] = {}
+        if not isinstance(values[parent], dict):
+            raise UsageError(f"'{key}': '{parent}' is the value {values[parent]}, not a section with keys of its own")
+        values = values[parent]
     values[leaf] = parse(kind_of(schema, key), text)
 
 
@@ -95,8 +96,10 @@ def _exists(argument: str) -> bool:
 def _flag(schema: Any, argument: str, rest: list[str]) -> tuple[str, str]:
     """(key, text) of ``--key=text``, ``--key text``, or ``--key`` of a switch; what follows is taken from ``rest``."""
     flag, equals, text = argument.partition("=")
-    key = flag.lstrip("-").replace("-", "_")
-    kind = kind_of(schema, key)
+    key = flag.lstrip("-")
+    if (kind := kind_of(schema, key)) is object:
+        key = key.replace("-", "_")
+        kind = kind_of(schema, key)
     if not equals and bool in alternatives(kind):
         return key, rest.pop(0) if rest and rest[0].lower() in BOOLEANS else "true"
     following = text if equals else rest.pop(0) if rest else ""

@@ -28,6 +28,8 @@ def read(kind: Any, value: Any) -> Any:
         value: text, or dictionaries and lists of it; what is no text is left alone, but for booleans, which are no
             numbers.
     """
+    if value is None and is_section(kind):
+        return {}  # "data:" with nothing below it
     if isinstance(value, dict):
         return {key: read(part(kind, key), below) for key, below in value.items()}
     if isinstance(value, list | tuple):

@@ -201,7 +201,7 @@ def of_source(given: dict[str, Any]) -> dict[str, Any]:
     """The data, loader and image size of the run to start from, where nothing else is asked for."""
     saved = settings_of(given.get("source", ""))
     sections = {key: saved[key] for key in ("data", "loader") if key in saved}
-    sizes = {key: value for key, value in saved.get("augment", {}).items() if key in ("size", "eval_crop")}
+    sizes = {key: value for key, value in (saved.get("augment") or {}).items() if key in ("size", "eval_crop")}
     return sections | ({"augment": sizes} if sizes else {})
 
 

@@ -92,7 +92,6 @@ def test_a_mistake_is_one_line_that_names_it(arguments, message):
         (b"steps: !of_ours 1\n", "line 1, column 8: .*of_ours"),
         (b"inner: &a {lr: *a}\n", "an anchor that holds its own alias"),
         (b"inner.lr: 1\n", r"unknown key 'inner.lr': in a YAML file sections are nested, inner: {lr: …}"),
-        (b"inner:\n", r"inner=null: 'inner' is a section of keys"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_said_to_be_so_in_a_line(tmp_path, content, message):
@@ -108,6 +107,12 @@ def test_a_folder_in_place_of_a_file_and_the_configuration_in_it(tmp_path):
     (tmp_path / "config.yaml").write_text("steps: 1\n")
     with pytest.raises(UsageError, match=rf"its settings are in '{tmp_path}/config.yaml'"):
         load(Outer, [str(tmp_path)])
+
+
+def test_a_section_with_nothing_below_it_is_as_by_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("inner:\n  # lr: 0.5\n")
+    assert load(Outer, [str(tmp_path / "c.yaml")]) == Outer()
+    assert load(Outer, [str(tmp_path / "c.yaml"), "inner.lr=0.5"]) == Outer(inner=Inner(lr=0.5))
 
 
 class Every(Config):
