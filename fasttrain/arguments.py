@@ -42,6 +42,8 @@ def sort(schema: Any, arguments: list[str], positional: tuple[str, ...] = ()) ->
             key, text = _flag(schema, argument, rest)
         elif _is_setting(schema, argument) and (not positional or _is_like_a_key(schema, argument)):
             key, _, text = argument.partition("=")
+        elif "." in argument and _is_leaf(schema, argument) and not _exists(argument):
+            raise UsageError(_lacking(argument, argument))
         else:
             free.append((argument, any(key not in positional for key, _ in settings)))
             continue
@@ -121,7 +123,8 @@ def _misplaced(schema: Any, argument: str, arguments: list[str]) -> str:
         return f"'{before}' and '{argument}' are two arguments: write {before}{argument}, without a space"
     if not argument:
         return "an argument is empty (an unset variable?)"
-    return f"argument '{argument}' is neither the first (a YAML file) nor of the form key=value"
+    missing = "" if _exists(argument) else "; there is no such file either"
+    return f"argument '{argument}' is neither the first (a YAML file) nor of the form key=value{missing}"
 
 
 def _lacking(argument: str, key: str) -> str:

@@ -76,8 +76,8 @@ def main(
 def _described(schema: type[Config], given: list[str]) -> list[str]:
     """All keys; those of a section alone where its name stands behind ``--help``."""
     lines = describe(schema)
-    asked = [f"  {section}." for flag, section in pairwise([*given, ""]) if flag in ("--help", "-h")]
-    return [line for line in lines if line.startswith(tuple(asked))] or lines
+    asked = [name for flag, name in pairwise(given) if flag in ("--help", "-h")]
+    return [line for line in lines if f"{line.split()[0]}.".startswith(tuple(f"{name}." for name in asked))] or lines
 
 
 def _scripts_beside(script: str) -> dict[str, type[Config]]:

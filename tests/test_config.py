@@ -402,6 +402,8 @@ def test_what_holds_an_equals_sign_is_a_file_a_folder_or_a_typing_error(tmp_path
     def loaded(*arguments):
         return load(Task, ["knn", *arguments], positional=("task", "source"))
 
+    with pytest.raises(UsageError, match=r"'data.root' lacks its value: write data.root=…"):
+        loaded("data.root", "/data")
     assert loaded("runs/lr=0.1").source == "runs/lr=0.1"
     with pytest.raises(UsageError, match=r"unknown key 'data.rot'; did you mean 'data.root'"):
         loaded("data.rot=/x")

@@ -62,7 +62,7 @@ class AttackConfig(Config):
         return self
 
     def doubts(self) -> list[str]:
-        found, least = [], 1 if self.norm == "linf" else 10
+        found, least = [], 1 if self.norm == "linf" else 5
         if 0 < self.eps_255 < least:
             eps = f"{self.eps_255:g}"
             found.append(f"eps_255={eps} is {eps}/255: for {eps} of the range [0, 1] give {255 * self.eps_255:.4g}")
