@@ -8,10 +8,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from importlib import import_module
+from inspect import getfile
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fasttrain import distributed
-from fasttrain.config import Config, describe, load, to_yaml
+from fasttrain.config import Config, describe, doubts, load, to_yaml
 from fasttrain.errors import UsageError
 from fasttrain.watchdog import EXIT_RANK_LOST
 
@@ -29,7 +33,7 @@ EXIT_INTERRUPTED = 130
 STUCK = 30.0  # seconds
 
 FLAGS = """
-  --help           this text, with every key, its default and its meaning
+  --help           this text, with every key, its default and its meaning; --help SECTION lists that section's alone
   --print-config   print the resolved configuration as YAML and exit
   --debug          on a mistake, print the traceback too"""
 
@@ -43,28 +47,26 @@ def main(
 ) -> None:
     """Run ``body(config)`` and exit: 0, or what ``body`` returns, or one of this module's codes.
 
-    ``sys.argv`` holds values of the ``positional`` keys, then an optional YAML path, then ``key=value``.
-    ``--local_rank=N``, which DeepSpeed's launcher adds, is ignored in favour of the environment. ``base`` is
-    :func:`fasttrain.config.load`'s.
+    ``sys.argv`` holds values of the ``positional`` keys, an optional YAML path, and ``key=value``; what launchers add
+    (``--local_rank=N``) is ignored in favour of the environment. ``base`` is :func:`fasttrain.config.load`'s.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # that the locale cannot write a name is no reason to end
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    flags = {a for a in arguments if a in ("--help", "-h", "--print-config", "--debug")}
-    arguments = [a for a in arguments if a not in flags]
+    given = [a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__local_rank=")]
+    flags = {a for a in given if a in ("--help", "-h", "--print-config", "--debug")}
+    arguments = [a for a in given if a not in flags]
     if flags & {"--help", "-h"}:
-        print("\n".join([doc.strip(), FLAGS, "", "keys:", *describe(schema)]))
+        print("\n".join([doc.strip(), FLAGS, "", "keys:", *_described(schema, given)]))
         sys.exit(0)
-    for key in positional:
-        if arguments and "=" not in arguments[0]:
-            arguments.append(f"{key}={arguments.pop(0)}")
 
     def run() -> int:
         try:
-            config = load(schema, arguments, base, distributed.say)
+            config = load(schema, arguments, base, positional, lambda: _scripts_beside(getfile(body)), distributed.say)
         except UsageError as error:  # every rank was given the same arguments
             raise UsageError(str(error), everywhere=True) from error
+        for doubt in doubts(config):
+            distributed.say(f"WARNING: {doubt}")
         if "--print-config" not in flags:
             return body(config) or 0
         if distributed.rank() == 0:
@@ -72,6 +74,20 @@ def main(
         return 0
 
     sys.exit(_exit_code(run, debug="--debug" in flags))
+
+
+def _described(schema: type[Config], given: list[str]) -> list[str]:
+    """All keys; those of a section alone where its name stands behind ``--help``."""
+    lines = describe(schema)
+    asked = [name for flag, name in pairwise(given) if flag in ("--help", "-h")]
+    return [line for line in lines if f"{line.split()[0]}.".startswith(tuple(f"{name}." for name in asked))] or lines
+
+
+def _scripts_beside(script: str) -> dict[str, type[Config]]:
+    """The schemas of the other scripts in its folder, by what runs them."""
+    others = [path for path in sorted(Path(script).parent.glob("*.py")) if not path.samefile(script)]
+    schemas = {path: getattr(import_module(path.stem), f"{path.stem.capitalize()}Config", None) for path in others}
+    return {os.path.relpath(path): schema for path, schema in schemas.items() if schema is not None}
 
 
 def _exit_code(run: Callable[[], int], debug: bool) -> int:

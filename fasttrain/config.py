@@ -6,7 +6,6 @@ nests the parts it needs in one such class and calls :func:`load`. Defaults < YA
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +15,10 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_
 import pydantic
 import yaml
 
+from fasttrain.arguments import assign, sort
 from fasttrain.errors import UsageError
+from fasttrain.nearest import advice
+from fasttrain.reading import alternatives, is_section, kind_of, read, read_yaml
 
 C = TypeVar("C", bound="Config")
 
@@ -36,13 +38,17 @@ class Where(NamedTuple):
 
 
 class Config(pydantic.BaseModel):
-    """Base of every settings object: frozen, unknown keys forbidden, defaults validated like given values."""
+    """Base of every settings object: frozen, no unknown keys, finite numbers, defaults validated like given values."""
 
     model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
     reads: ClassVar[dict[str, Where]] = {}
     "Settings (or whole sections) that are not always read, and where they are."
+
+    def doubts(self) -> list[str]:
+        """What is allowed here and probably not meant, each as ``key=value: why``."""
+        return []
 
 
 def _expanded(text: str) -> str:
@@ -63,26 +69,26 @@ def load(
     schema: type[C],
     arguments: list[str],
     base: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {},
+    positional: tuple[str, ...] = (),
+    others: Callable[[], dict[str, type[Config]]] = dict,
     say: Callable[[str], None] = lambda _: None,
 ) -> C:
     """Resolve ``[file.yaml] key=value ...`` into a validated ``schema``.
 
     Args:
         base: from what was given, values that stand where nothing was (those of the run to evaluate, say).
+        positional: keys whose values may be given without their names, before all else.
+        others: what else may be run, each with its schema, to say whose a YAML file is that does not fit.
         say: is told, a line each, of what was given and nothing will read.
 
     Raises:
         UsageError: unreadable file, unknown key (names the nearest one), wrong type or value out of range.
     """
-    values: dict[str, Any] = {}
-    for position, argument in enumerate(arguments):
-        if "=" in argument:
-            key, _, text = argument.partition("=")
-            _assign(values, key, text)
-        elif position == 0:
-            values = _read_yaml(Path(argument))
-        else:
-            raise UsageError(f"argument '{argument}' is neither the first (a YAML file) nor of the form key=value")
+    file, settings = sort(schema, arguments, positional)
+    values = {} if file is None else _of_file(schema, file, others)
+    for key, text in settings:
+        assign(schema, values, key, text)
+    values = read(schema, values)
     config = resolve(schema, _merged(_merged(_section_defaults(schema, values), base(values)), values))
     for line in unread(config, values):
         say(f"WARNING: {line}")
@@ -92,9 +98,15 @@ def load(
 def resolve(schema: type[C], values: dict[str, Any]) -> C:
     """Validate nested plain ``values`` against ``schema``; every mistake found becomes one ``UsageError`` line."""
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(read(schema, values))
     except pydantic.ValidationError as error:
-        raise UsageError("; ".join(_explain(schema, mistake) for mistake in error.errors())) from None
+        raise UsageError(listed([_explain(schema, mistake) for mistake in error.errors()])) from None
+
+
+def listed(complaints: list[str], most: int = 6) -> str:
+    """In one line, the first ``most`` of them."""
+    more = [f"and {len(complaints) - most} more"] if len(complaints) > most else []
+    return "; ".join(complaints[:most] + more)
 
 
 def unread(config: Config, given: dict[str, Any], usual: Config | None = None, prefix: str = "") -> list[str]:
@@ -138,12 +150,23 @@ def differences(ours: Config, theirs: dict[str, Any]) -> list[str]:
     ]
 
 
+def doubts(config: Config, prefix: str = "") -> list[str]:
+    """The doubts of ``config`` and of all its sections, with dotted keys."""
+    found = [prefix + doubt for doubt in config.doubts()]
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        parts = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        for key, part in parts.items():
+            found += doubts(part, f"{prefix}{key}.") if isinstance(part, Config) else []
+    return found
+
+
 def describe(schema: type[Config], prefix: str = "", values: Config | None = None) -> list[str]:
     """One line a key, ``key = default  what it is``, for ``--help``; the defaults are those of ``values``, if given."""
     lines = []
     for name, field in schema.model_fields.items():
         default = getattr(values, name) if values is not None else field.get_default(call_default_factory=True)
-        if _is_config(field.annotation):
+        if is_section(field.annotation):
             lines += describe(field.annotation, f"{prefix}{name}.", default if isinstance(default, Config) else None)
         elif get_origin(field.annotation) is dict:
             lines += describe(get_args(field.annotation)[1], f"{prefix}{name}.<name>.", *list(default.values())[:1])
@@ -152,10 +175,6 @@ def describe(schema: type[Config], prefix: str = "", values: Config | None = Non
             meaning = " ".join((field.description or "").split())
             lines.append(f"  {prefix + name:30s} = {shown:24s} {meaning}".rstrip())
     return lines
-
-
-def _is_config(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Config)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -189,56 +208,70 @@ def _nested(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _of_file(schema: type[Config], file: str, others: Callable[[], dict[str, type[Config]]]) -> dict[str, Any]:
+    """The values of a YAML file, which is not meant for one of the ``others``."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read the configuration '{path}': {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
-    if values is not None and not isinstance(values, dict):
-        raise UsageError(f"'{path}' holds a {type(values).__name__}; a configuration is a mapping of keys to values")
-    return values or {}
-
-
-def _assign(values: dict[str, Any], key: str, text: str) -> None:
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        value = text
-    *parents, leaf = key.lstrip("-").split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise UsageError(f"'{key}': '{parent}' is the value {inner!r}, not a section with keys of its own")
-        values = inner
-    values[leaf] = value
+        values = read_yaml(Path(_expanded(file)))
+    except ValueError as error:
+        raise UsageError(f"the YAML file's name {error}") from None
+    if foreign := [key for key in values if key not in schema.model_fields]:
+        for command, other in others().items():
+            if values.keys() <= other.model_fields.keys():
+                raise UsageError(
+                    f"'{file}' is a configuration of {command}: run {command} {file} …, or give a file of the keys "
+                    f"here ('{foreign[0]}' is none; they are {', '.join(schema.model_fields)})"
+                )
+    return values
 
 
 def _explain(schema: type[Config], mistake: Any) -> str:
-    path = [str(part) for part in mistake["loc"]]
+    path, value = [str(part) for part in mistake["loc"]], mistake["input"]
     key = ".".join(path)
     if mistake["type"] == "extra_forbidden":
-        return f"unknown key '{key}'" + _nearest(schema, path)
+        if "." in path[-1]:
+            nested = path[-1].replace(".", ": {") + ": …" + "}" * path[-1].count(".")
+            return f"unknown key '{key}': in a YAML file sections are nested, {nested}"
+        return f"unknown key '{key}'" + advice(schema, [*path, *_only_key(value)])
     if mistake["type"] == "missing":
+        above = ".".join(path[:-1])
+        if path[-1].isdigit():
+            return f"{above}={_shown(value)}: should have {len(get_args(kind_of(schema, above)))} values"
         return f"'{key}' is required: set {key}=…"
-    reason = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if mistake["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        sections = filter(is_section, alternatives(kind_of(schema, key)))
+        keys = [f"{key}.{name}" for section in sections for name in section.model_fields] or [f"{key}.<name>"]
+        return f"{key}={_shown(value)}: '{key}' is a section of keys: set {', '.join(keys[:3])}, …"
+    reason = mistake["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to ")[0]
     if mistake["type"] == "value_error":
         return f"{key}: {reason}" if key else reason
-    return f"{key}={mistake['input']!r}: should be {reason}"
+    if mistake["type"] in ("tuple_type", "list_type"):
+        return f"{key}={_shown(value)}: should be a list: {key}=[{str(value).strip('()') if value else '…'}]"
+    or_null = " or null" if type(None) in alternatives(kind_of(schema, key)) else ""
+    return f"{key}={_shown(value)}: should be {reason}{or_null}"
 
 
-def _nearest(schema: type[Config], path: list[str]) -> str:
-    keys = sorted(line.split()[0] for line in describe(schema))
-    wanted = ".".join(path)
-    siblings = {
-        key.rsplit(".", 1)[-1]: key
-        for key in keys
-        if key.rsplit(".", 1)[:-1] == [".".join(path[:-1])] or len(path) == 1
-    }
-    near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
-    found = [siblings[near[0]]] if near else difflib.get_close_matches(wanted, keys, n=1, cutoff=0.5)
-    return f"; did you mean '{found[0]}'?" if found else "; --help lists the keys"
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
-__all__ = ["Config", "PathText", "Where", "describe", "differences", "load", "resolve", "to_yaml", "unread"]
+def _only_key(value: Any) -> list[str]:
+    """The one way down through sections of one key each."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return []
+    (key, below), *_ = value.items()
+    return [str(key), *_only_key(below)]
+
+
+__all__ = [
+    "Config",
+    "PathText",
+    "Where",
+    "describe",
+    "differences",
+    "doubts",
+    "listed",
+    "load",
+    "resolve",
+    "to_yaml",
+    "unread",
+]

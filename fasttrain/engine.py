@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fasttrain import checkpoint, distributed, gradient_cache
-from fasttrain.config import Config, Where
+from fasttrain.config import Config, PathText, Where
 from fasttrain.data import Batch
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order
@@ -71,7 +71,7 @@ class TrainConfig(Config):
     "when the loss or the gradient of a step is not finite: stop, or undo the step and take the next"
     max_skipped: int = Field(10, ge=0)
     "steps of the run that may be skipped; at one more it stops"
-    deepspeed: str | None = None
+    deepspeed: PathText | None = None
     "JSON file of further DeepSpeed settings; a key that this configuration owns is refused"
 
     reads: ClassVar[dict[str, Where]] = {

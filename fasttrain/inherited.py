@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def settings_of(folder: Any) -> dict[str, dict[str, Any]]:
     Raises:
         UsageError: neither can be read.
     """
-    folder = Path(str(folder or "")).expanduser()
+    folder = Path(os.path.expanduser(str(folder or "")))
     path, checkpoints = folder / "config.yaml", folder / "checkpoints"
     try:
         if not folder.is_dir():
@@ -47,7 +48,7 @@ def settings_of(folder: Any) -> dict[str, dict[str, Any]]:
 
 def settings_of_begun(given: dict[str, Any], default: str) -> dict[str, Any]:
     """Those of the run that ``given`` goes on with: its folder (``default``, if none is given) has a checkpoint."""
-    folder = Path(str(_mapping(given.get("run")).get("dir", default))).expanduser()
+    folder = Path(os.path.expanduser(str(_mapping(given.get("run")).get("dir", default))))
     return settings_of(folder) if any((folder / "checkpoints").glob("step-*")) else {}
 
 
@@ -88,7 +89,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _same(one: Any, other: Any) -> bool:
     if one is None or other is None:
         return one is other
-    return Path(str(one)).expanduser().resolve() == Path(str(other)).expanduser().resolve()
+    return os.path.realpath(os.path.expanduser(str(one))) == os.path.realpath(os.path.expanduser(str(other)))
 
 
 __all__ = ["data_of", "settings_of", "settings_of_begun"]

@@ -34,7 +34,7 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from fasttrain import distributed
-from fasttrain.config import Config, to_yaml
+from fasttrain.config import Config, PathText, to_yaml
 from fasttrain.errors import UsageError
 from fasttrain.watchdog import Watchdog
 
@@ -50,7 +50,7 @@ FILES = ("config.yaml", "metrics.jsonl", "bad_images.txt", "curves.png", "encode
 class RunConfig(Config):
     """Where a run lives and how often it reports and saves."""
 
-    dir: str = "runs/pretrain"
+    dir: PathText = "runs/pretrain"
     "everything the run writes; a rerun with the same folder goes on from its last checkpoint"
     seed: int = Field(0, ge=0, lt=2**32)
     "of the weights, the order of samples and the augmentation"

@@ -30,7 +30,7 @@ from fasttrain.benchmarks.loader import LoaderBenchConfig, compare_loaders
 from fasttrain.benchmarks.machine import hardware, versions
 from fasttrain.benchmarks.step import StepBenchConfig, compare_steps
 from fasttrain.benchmarks.timing import Report, bars
-from fasttrain.config import Config
+from fasttrain.config import Config, PathText
 from fasttrain.errors import UsageError
 from fasttrain.output import try_output, write_output
 from fasttrain.printable import printable
@@ -50,7 +50,7 @@ class BenchConfig(Config):
     "tiny sizes where none is given, and one round: to see that all of it runs; --quick is the same"
     heap: Literal["kept", "glibc"] = "kept"
     "on a CPU, for all contestants: freed memory is kept for the next step, as our training does, or glibc's defaults"
-    output: str = "bench.json"
+    output: PathText = "bench.json"
     "the JSON file; the table goes beside it as Markdown, and the chart"
 
 
@@ -156,7 +156,6 @@ def quick(given: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if "--quick" in sys.argv:
-        sys.argv = [*(argument for argument in sys.argv if argument != "--quick"), "quick=true"]
-    named = sys.argv[1].removeprefix("task=") if len(sys.argv) > 1 else ""
-    cli.main(schema_of(named), bench, __doc__, positional=("task",), base=quick)
+    named = [argument.lstrip("-").removeprefix("task=") for argument in sys.argv[1:]]
+    task = next((name for name in named if name in TASKS or name == "all"), "")
+    cli.main(schema_of(task), bench, __doc__, positional=("task",), base=quick)

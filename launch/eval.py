@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from fasttrain import cli, distributed, inherited
-from fasttrain.config import Config, Where
+from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig
@@ -60,9 +60,9 @@ class EvalConfig(Config):
 
     task: Literal["knn", "linear", "robust"]
     "knn, linear or robust; the first argument"
-    source: str
+    source: PathText
     "a run's folder or a weights file; the second argument"
-    output: str | None = None
+    output: PathText | None = None
     "the JSON file; null: eval-<task>.json beside the weights"
     batch: int = Field(256, ge=1)
     "images each rank encodes at a time"

@@ -21,7 +21,7 @@ from torch import nn
 
 from fasttrain import cli, distributed, engine, export, inherited, plots
 from fasttrain.attacks import AttackConfig
-from fasttrain.config import Config, Where
+from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
@@ -66,7 +66,7 @@ class OnlineRobustConfig(RobustConfig):
 class FinetuneConfig(Config):
     """Every part's own settings; the defaults are the paper's for CIFAR-10."""
 
-    source: str
+    source: PathText
     "the encoder to start from: a run's folder or a weights file"
     model: ModelConfig | None = None
     "architecture, of weights that say nothing of theirs (model.arch, model.stem, model.width, …)"

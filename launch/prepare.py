@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from fasttrain import cli
-from fasttrain.config import Config, Where
+from fasttrain.config import Config, PathText, Where
 from fasttrain.data import manifest
 from fasttrain.data.catalog import Catalog, DataConfig, NoSplit, Role, open_catalog
 from fasttrain.data.verify import verify
@@ -25,7 +25,7 @@ from fasttrain.printable import printable
 
 
 class BetonConfig(Config):
-    folder: str | None = None
+    folder: PathText | None = None
     """Where to write train.beton and val.beton; null: nowhere."""
     mode: Literal["jpg", "raw", "smart", "proportion"] = "jpg"
     """Store JPEG, raw pixels, JPEG of large images only (smart), or JPEG of a share of the images (proportion)."""
@@ -79,7 +79,7 @@ def try_places(config: PrepareConfig, catalogs: list[Catalog]) -> None:
 
 
 def beton_of(settings: BetonConfig, catalog: Catalog) -> Path:
-    return Path(settings.folder).expanduser() / f"{catalog.split}.beton"
+    return Path(settings.folder) / f"{catalog.split}.beton"
 
 
 def write_beton(catalog: Catalog, settings: BetonConfig, workers: int | None) -> None:

@@ -13,7 +13,7 @@ when a rank is lost the others name it and exit with code 76.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -151,7 +151,7 @@ def of_weights(given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(weights, str) or not weights:
         return {}
     begun = inherited.settings_of_begun(given, RunConfig().dir)
-    found = begun.get("model") or export.read_source(str(Path(weights).expanduser())).model.model_dump()
+    found = begun.get("model") or export.read_source(os.path.expanduser(weights)).model.model_dump()
     return {"model": {name: found[name] for name in export.WHAT_IT_IS if name in found}}
 
 

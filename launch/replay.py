@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import cli, distributed, engine
-from fasttrain.config import Config, resolve
+from fasttrain.config import Config, PathText, resolve
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder
 from fasttrain.nonfinite import read_bundle
@@ -30,7 +30,7 @@ from fasttrain.precision import Precision
 class ReplayConfig(Config):
     """Which step, and how."""
 
-    bundle: str
+    bundle: PathText
     "a run's folder not-finite-step-…"
     device: distributed.Device = "auto"
     "auto: the GPU when there is one"

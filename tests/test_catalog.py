@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fasttrain.config import load
 from fasttrain.data import cifar, manifest
 from fasttrain.data.catalog import DataConfig, Names, header_size, open_catalog
 from fasttrain.errors import UsageError
@@ -163,8 +164,8 @@ def test_mistakes_are_named_in_one_line(tmp_path, files, message):
 
 
 def test_a_root_that_is_nothing_or_some_other_file(tmp_path):
-    with pytest.raises(UsageError, match=r"data\.root is an empty text"):
-        open_catalog(DataConfig(root=""), "train")
+    with pytest.raises(UsageError, match=r"root: is empty \(an unset variable\?\)"):
+        load(DataConfig, ["root="])
     plant(tmp_path, {"data.zip": b"PK"})
     with pytest.raises(UsageError, match=r"neither a folder, nor a .beton file, nor a CIFAR archive"):
         open_catalog(config(tmp_path / "data.zip"), "train")

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from fasttrain import cli
+from fasttrain.checkpoint.resume import contradictions
 from fasttrain.config import load
 from fasttrain.errors import UsageError
 
@@ -264,6 +265,34 @@ def test_pretraining_starts_from_a_runs_weights_and_goes_on_without_them(images,
         pretrain_here(*given, f"model.weights={tmp_path / 'other'}")
 
 
+def test_a_finetuning_run_in_a_pretraining_runs_folder_is_told_whose_it_is(images, undisturbed, tmp_path):
+    folder, module = copy_of(undisturbed, tmp_path), script("finetune")
+    given = ["train.steps=1", "train.batch=8", "optimizer.warmup_steps=0", "robust.every_steps=0", "loader.threads=1"]
+    given += [f"source={folder}", f"run.dir={folder}", f"data.root={images}", "train.precision=fp32"]
+    with pytest.raises(UsageError, match=r"is the folder of a run of launch/pretrain.py, .*another with run.dir=…$"):
+        module.finetune(load(module.FinetuneConfig, given, module.of_source))
+
+
+def test_a_home_is_the_same_place_in_all_settings(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(images)
+    given = ["data.root=~/data", "run.dir=~/run", "train.steps=1", "evaluate.every_epochs=0"]
+    assert pretrain_here(*given) == 0
+    assert not (tmp_path / "~").exists() and (tmp_path / "run/encoder.json").exists()
+
+    config = load(script("pretrain").PretrainConfig, [*SMALL, *given])
+    saved = json.loads((tmp_path / "run/checkpoints/step-00000001/state.json").read_text())["config"]
+    assert saved["data"]["root"] == config.data.root == str(tmp_path / "data")
+    saved["data"]["root"], saved["run"]["dir"] = "~/data", "~/run"  # as runs of before would have it
+    assert contradictions(config, {"config": saved}) == []
+
+    module = script("eval")
+    config = load(module.EvalConfig, ["knn", "~/run", "output=~/knn.json"], module.of_run, ("task", "source"))
+    assert config.data.root == str(tmp_path / "data") and config.augment.size == 16
+    assert not module.evaluate(config) and (tmp_path / "knn.json").exists()
+
+
 def test_a_folder_that_a_live_run_holds_is_refused(images, tmp_path):
     import fcntl
 
@@ -336,6 +365,22 @@ def test_help_and_the_resolved_configuration():
     assert helped.returncode == 0 and "optimizer.lr " in helped.stdout and "key=value" in helped.stdout
     printed = run("python", "--print-config", "optimizer.lr=0.125")
     assert printed.returncode == 0 and "  lr: 0.125\n" in printed.stdout
+
+
+def test_a_probable_slip_and_a_file_of_another_script_are_said_from_the_command_line(tmp_path):
+    def launched(name: str, *arguments: str) -> subprocess.CompletedProcess:
+        program = [sys.executable, str(ROOT / "launch" / name), *arguments]
+        return subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=240)
+
+    warned = launched("finetune.py", "source=x", "--print-config", "attack.eps_255=0.031")
+    assert warned.returncode == 0 and "  eps_255: 0.031\n" in warned.stdout
+    assert "WARNING: attack.eps_255=0.031 is 0.031/255: for 0.031 of the range [0, 1] give 7.905" in warned.stderr
+    refused = launched("finetune.py", "source=x", "--config", str(ROOT / "configs/pretrain/simclr_cifar10.yaml"))
+    assert refused.returncode == cli.EXIT_MISTAKE
+    assert "simclr_cifar10.yaml' is a configuration of " in refused.stderr
+    assert "launch/pretrain.py: run " in refused.stderr and refused.stderr.count("error: ") == 1
+    helped = launched("pretrain.py", "--help", "optimizer")
+    assert "\n  optimizer.lr " in helped.stdout and "\n  train.batch " not in helped.stdout
 
 
 def test_evaluation_of_a_run_agrees_with_the_run(undisturbed, tmp_path, capsys):

@@ -61,6 +61,18 @@ class AttackConfig(Config):
             raise ValueError(f"eps_255={self.eps_255}: an linf bound is at most 255, the whole pixel range")
         return self
 
+    def doubts(self) -> list[str]:
+        found, least = [], 1 if self.norm == "linf" else 5
+        if 0 < self.eps_255 < least:
+            eps = f"{self.eps_255:g}"
+            found.append(f"eps_255={eps} is {eps}/255: for {eps} of the range [0, 1] give {255 * self.eps_255:.4g}")
+        if self.step_255 is not None and self.steps * self.step_255 < self.eps_255 / 2:
+            found.append(
+                f"step_255={self.step_255:g}: {self.steps} steps of {self.step_255:g}/255 do not reach the bound of "
+                f"eps_255={self.eps_255:g}; null takes 2.5 eps / steps"
+            )
+        return found
+
 
 def make_attack(config: AttackConfig) -> Attack:
     """The attack that ``config`` describes; its BatchNorm mode is for :func:`attacked`."""

@@ -11,7 +11,7 @@ from fasttrain import distributed
 from fasttrain.checkpoint import files
 from fasttrain.checkpoint.files import Checkpoint
 from fasttrain.checkpoint.state import restore
-from fasttrain.config import Config, differences
+from fasttrain.config import Config, differences, listed
 from fasttrain.errors import UsageError
 from fasttrain.run import Run
 
@@ -69,9 +69,15 @@ def resume(run: Run, engine, config: Config, data: str, steps: int, loss_scale=N
         return Start()
     read, state = time.perf_counter(), found.state
     _check_state(found, state)
+    ours, theirs = _script(config.model_dump()), _script(state["config"])
+    if theirs != ours:
+        raise UsageError(
+            f"run.dir={run.dir} is the folder of a run of {theirs}, and this is {ours}: choose another with run.dir=…",
+            everywhere=True,
+        )
     if lines := contradictions(config, state):
         raise UsageError(
-            f"run.dir={run.dir} was begun with other settings ({'; '.join(lines)}): "
+            f"run.dir={run.dir} was begun with other settings ({listed(lines)}): "
             "give the saved values, or choose another folder with run.dir=…" + _longer(run, config, lines),
             everywhere=True,
         )
@@ -113,6 +119,11 @@ def _foreign(found: Checkpoint, reason: str) -> UsageError:
         "or use the version that wrote it",
         everywhere=True,
     )
+
+
+def _script(config: dict[str, Any]) -> str:
+    """The script whose configuration this is, by what its runs alone are told."""
+    return "launch/finetune.py" if "fare" in config else "launch/pretrain.py"
 
 
 def contradictions(config: Config, state: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from fasttrain.config import Config
+from fasttrain.config import Config, PathText
 from fasttrain.data import cifar, manifest, shapes
 from fasttrain.data.header import header_size
 from fasttrain.data.listing import EXTENSIONS, Listing, Rest, begins_like_an_image, folders_of, in_threads, list_images
@@ -34,16 +34,15 @@ Role = Literal["train", "val"]
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 
 
-
 class DataConfig(Config):
-    root: str | None = None
+    root: PathText | None = None
     """Folder <split>/<class>/* (without labels <split>/* or *), CIFAR archive or folder, .beton file or its folder;
     null: the embedded data set."""
-    train: str | None = None
+    train: PathText | None = None
     """Training split: a folder or .beton file relative to the root; null finds train."""
-    val: str | None = None
+    val: PathText | None = None
     """Validation split, likewise; null finds val, validation, valid or test."""
-    cache: str | None = None
+    cache: PathText | None = None
     """For the embedded data set and manifests of read-only data; null: fasttrain in $XDG_CACHE_HOME or ~/.cache."""
     share: float = Field(1.0, gt=0, le=1)
     """Share of each class's training images to use: the same ones for any seed, a larger share holds a smaller."""
@@ -54,8 +53,8 @@ class DataConfig(Config):
 
     @property
     def cache_folder(self) -> Path:
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fasttrain"
-        return Path(self.cache or default).expanduser()
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fasttrain"
+        return Path(self.cache or default)
 
 
 class Names(Sequence[str]):
@@ -224,9 +223,7 @@ def _open(config: DataConfig, role: Role, use_manifest: bool) -> Catalog:
     if config.root is None:
         root = shapes.ensure(config.cache_folder)
     else:
-        if not config.root.strip():
-            raise UsageError("data.root is an empty text: give the folder that holds the splits, or leave it out")
-        root = Path(config.root).expanduser()
+        root = Path(config.root)
         edition = cifar.find(root)
         if edition is not None:
             _refuse_by_content(config, edition[1])
