@@ -35,7 +35,7 @@ REMEDIES = {
     errno.ENFILE: "the whole machine has no more open files: raise fs.file-max",
     errno.ENOMEM: "free memory, or ask for less",
     errno.EAGAIN: "raise the limit of processes and threads (ulimit -u, or the container's)",
-    errno.EADDRINUSE: "another program has that port: choose another (deepspeed --master_port=…, torchrun --standalone)",
+    errno.EADDRINUSE: "another program has that port: choose another (deepspeed --master_port=…)",
     errno.EADDRNOTAVAIL: "that address is not this machine's: mend MASTER_ADDR",
     errno.EIO: "the disk or its server fails: see dmesg, or choose another place",
     errno.ESTALE: "the network file system has lost it: mount it again, or choose another place",

@@ -111,7 +111,7 @@ def explained(error: Exception) -> UsageError | None:
     """What in the network's settings kept the process group from coming up; None where it is something else."""
     text = " ".join(str(error).split())
     named = os.environ.get("GLOO_SOCKET_IFNAME")
-    if named and named in text or "ifa != nullptr" in text:
+    if (named and named in text) or "ifa != nullptr" in text:
         has = ", ".join(name for _, name in socket.if_nameindex())
         return UsageError(f"GLOO_SOCKET_IFNAME={named} is no network interface of this host: it has {has}")
     return None

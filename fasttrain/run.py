@@ -107,7 +107,8 @@ class Run:
             self._lock = open(self.dir / "lock", "a+")  # noqa: SIM115  (held for as long as the process lives)
         except OSError as error:
             raise UsageError(
-                f"run.dir={self.config.dir} cannot be written ({error.strerror}): choose another folder with run.dir=…"
+                f"run.dir={self.config.dir} cannot be written ({error.filename}: {error.strerror}): choose another "
+                "folder with run.dir=…"
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,9 +123,10 @@ class Run:
                 f"WARNING: run.dir={self.config.dir} is on a file system without locks ({error.strerror}): a second "
                 "run in it would not be noticed"
             )
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        with suppress(OSError):  # on a full disk the lock holds all the same
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
 
     def open(self, config: Config, start: int, total: int) -> None:
         """Begin to report at step ``start`` of ``total``; what was reported beyond ``start`` is dropped.
@@ -136,24 +138,34 @@ class Run:
         distributed.on_rank_zero(lambda: self._open(config, start, total))
 
     def _open(self, config: Config, start: int, total: int) -> None:
-        try:
-            self._open_reports(config, start)
-        except OSError as error:
-            raise UsageError(f"run.dir={self.config.dir} cannot be written ({error}): free space or mend it") from None
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=start, total=total, unit="step", disable=not terminal, dynamic_ncols=True)
         self._started, self._first = time.monotonic(), start
         self._total = total
+        try:
+            self._begin(config)
+            self._open_reports()
+        except OSError as error:
+            if self.config.on_save_error == "stop":
+                raise UsageError(
+                    f"run.dir={self.config.dir} cannot be written ({error}): free space or mend it"
+                ) from None
+            self._unwritten("the configuration and reports", error)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(initial=start, total=total, unit="step", disable=not terminal, dynamic_ncols=True)
 
-    def _open_reports(self, config: Config, start: int) -> None:
+    def _begin(self, config: Config) -> None:
         path = self.dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
+        kept = [line for line in read_metrics(path) if line["step"] <= self._first] if self._first else []
         replace_file(self.dir / "config.yaml", to_yaml(config))
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = path.open("a", buffering=1)
-        from torch.utils.tensorboard import SummaryWriter
 
-        self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=start + 1)
+    def _open_reports(self) -> None:
+        """What is not open yet."""
+        if self._metrics is None:
+            self._metrics = (self.dir / "metrics.jsonl").open("a", buffering=1)
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=self._first + 1)
 
     def progress(self, step: int) -> None:
         """``step`` steps are done: move the bar, and let the other ranks know."""
@@ -163,9 +175,10 @@ class Run:
 
     def report(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics, to the file, to TensorBoard and to whoever watches; a full disk costs reports only."""
-        if self._metrics is None:
+        if self._bar is None:
             return
         try:
+            self._open_reports()  # where the disk was full when the run began
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

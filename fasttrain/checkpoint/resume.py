@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fasttrain import distributed
 from fasttrain.checkpoint import files
 from fasttrain.checkpoint.files import Checkpoint
-from fasttrain.checkpoint.state import restore
+from fasttrain.checkpoint.state import check_fits, restore
 from fasttrain.config import Config, differences
 from fasttrain.errors import UsageError
 from fasttrain.run import Run
@@ -31,6 +31,8 @@ MAY_CHANGE = (
 )
 "Keys that a resumed run may give another value: they do not move the trajectory."
 MAY_NOT = "run.seed"
+KEYS = {"config": dict, "data": str, "skipped": int}
+"What a run needs of its checkpoint's ``state.json``, beside what every one has."
 
 
 class Start(NamedTuple):
@@ -53,8 +55,15 @@ def resume(run: Run, engine, config: Config, data: str, loss_scale=None) -> Star
         UsageError: no checkpoint is whole, or the configuration or the data contradict it.
     """
     began = time.perf_counter()
+
+    def check(found: Checkpoint) -> None:
+        """Only of what was begun with the same settings; else those are the mistake, and found below."""
+        files.require(found.state, KEYS | ({"loss_scale": dict} if loss_scale is not None else {}))
+        if found.state["data"] == data and not contradictions(config, found.state):
+            check_fits(found, engine)
+
     found, complaints = distributed.agree(
-        lambda: files.find(run.checkpoints) if distributed.rank() == 0 else (None, [])
+        lambda: files.find(run.checkpoints, check) if distributed.rank() == 0 else (None, [])
     )
     for line in complaints:
         run.say(f"WARNING: {line}")

@@ -91,7 +91,7 @@ def private_folder() -> str:
 
 
 def _ours(path: Path) -> bool:
-    """Whether it is a folder, not a link to one, that nobody else may enter and that can be written; made if missing."""
+    """Whether it is a folder (made if missing), not a link, that nobody else may enter and that can be written."""
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
