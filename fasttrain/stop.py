@@ -33,7 +33,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.received, self._interrupted = False, None
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heeded = [
+            number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+        ]  # a shell's `&` ignores ^C
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         StopRequest.in_force = self
         return self
 

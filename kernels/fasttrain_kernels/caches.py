@@ -31,7 +31,7 @@ def settle() -> None:
         SystemExit: there is no temporary folder that can be written either.
     """
     _have_name()
-    cache, trouble = os.environ.get("XDG_CACHE_HOME") or "~/.cache", None
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if trouble := _why_not(cache):
         try:
             kept = private_folder()
@@ -50,7 +50,7 @@ def settle() -> None:
         given = os.environ.get(variable)
         place = given or default
         if place is not None and (trouble := _why_not(place)):
-            os.environ[variable] = os.path.join(os.path.expanduser(cache), variable.lower())
+            os.environ[variable] = os.path.join(cache, variable.lower())
             if given:
                 _say(f"WARNING: {variable}={given} cannot be written ({trouble}): {os.environ[variable]} is used")
 
