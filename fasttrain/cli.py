@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -98,6 +99,8 @@ def _exit_code(run: Callable[[], int], debug: bool) -> int:
             print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
         return EXIT_MISTAKE
     finally:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said: Ctrl-C while Python is leaving just ends it
         distributed.finalize()
 
 

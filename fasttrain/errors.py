@@ -51,6 +51,8 @@ def explained(error: BaseException) -> UsageError | None:
         name = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
         remedy = REMEDIES.get(error.errno, "mend that and run the same command again")
         return UsageError(f"{name}{error.strerror}: {remedy}")
+    if (refused := os.strerror(errno.EMFILE)) in str(error):  # as libraries say it that are not Python's
+        return UsageError(f"{refused}: {REMEDIES[errno.EMFILE]}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         text = " ".join(str(error).split())[:200] or "of this machine"
         return UsageError(f"out of memory ({text}): lower the batch, or split train.batch by train.accumulation")

@@ -142,7 +142,8 @@ class Run:
         self._total = total
         try:
             self._begin(config)
-            self._open_reports()
+            self._open_metrics()
+            self._open_tensorboard()
         except OSError as error:
             if self.config.on_save_error == "stop":
                 raise UsageError(
@@ -158,10 +159,11 @@ class Run:
         replace_file(self.dir / "config.yaml", to_yaml(config))
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def _open_reports(self) -> None:
-        """What is not open yet."""
+    def _open_metrics(self) -> None:
         if self._metrics is None:
             self._metrics = (self.dir / "metrics.jsonl").open("a", buffering=1)
+
+    def _open_tensorboard(self) -> None:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -178,8 +180,9 @@ class Run:
         if self._bar is None:
             return
         try:
-            self._open_reports()  # where the disk was full when the run began
+            self._open_metrics()  # where the disk was full when the run began
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._open_tensorboard()  # after a line that went well: its thread cannot say that the disk is full
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._silent = False

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch):
-    """This process does not end after its mistakes."""
+    """This process neither ends after its mistakes nor leaves Ctrl-C as they do."""
     monkeypatch.setattr(cli, "_end_soon", lambda code: None)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
 
 
 @pytest.mark.parametrize("number", [*REMEDIES, errno.ENODEV])
@@ -52,6 +53,11 @@ def test_memory_that_ran_out_names_the_batch(failure):
     assert "out of memory (" in str(explained(failure)) and "split train.batch by train.accumulation" in str(
         explained(failure)
     )
+
+
+def test_too_many_open_files_in_a_library_name_the_limit():
+    failure = ImportError("filesystem error: cannot increment recursive directory iterator: Too many open files")
+    assert "ulimit -n" in str(explained(failure))
 
 
 def test_other_failures_keep_their_traceback(capfd):
