@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 
 import torch
 
@@ -48,12 +49,19 @@ def explained(error: BaseException) -> UsageError | None:
     if isinstance(error, UsageError):
         return error
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        name = os.fsdecode(error.filename) + ": " if isinstance(error.filename, str | bytes) else ""
         remedy = REMEDIES.get(error.errno, "mend that and run the same command again")
-        return UsageError(f"{name}{error.strerror}: {remedy}")
+        return UsageError(f"{_file(error)}{error.strerror}: {remedy}")
     if (refused := os.strerror(errno.EMFILE)) in str(error):  # as libraries say it that are not Python's
         return UsageError(f"{refused}: {REMEDIES[errno.EMFILE]}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         text = " ".join(str(error).split())[:200] or "of this machine"
         return UsageError(f"out of memory ({text}): lower the batch, or split train.batch by train.accumulation")
     return None
+
+
+def _file(error: OSError) -> str:
+    """What it is about, with a colon; locks between processes lie in /dev/shm, and their errors do not say so."""
+    if isinstance(error.filename, str | bytes):
+        return os.fsdecode(error.filename) + ": "
+    raised = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return "/dev/shm: " if raised and raised[-1].endswith("multiprocessing/synchronize.py") else ""

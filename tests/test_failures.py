@@ -380,8 +380,9 @@ def test_a_disk_that_is_full_at_the_start_stops_the_run_or_not_as_told(tmp_path,
         run.report(1, {"loss": 1.0})
         patch.undo()
         run.report(2, {"loss": 1.0})
-    assert [line["step"] for line in read_metrics(tmp_path / "on/metrics.jsonl")] == [2]
-    assert "WARNING: the configuration and reports cannot be written" in capfd.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path / "on/metrics.jsonl")] == [1, 2]
+    assert list((tmp_path / "on/tensorboard").iterdir())
+    assert capfd.readouterr().err.count("WARNING: the configuration and reports cannot be written") == 1
 
 
 def test_a_full_disk_costs_reports_and_no_run(tmp_path, capfd):
