@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 from fasttrain import distributed
 from fasttrain.config import Config, describe, doubts, load, to_yaml
-from fasttrain.errors import UsageError
+from fasttrain.errors import UsageError, explained
 from fasttrain.watchdog import EXIT_RANK_LOST
 
 C = TypeVar("C", bound=Config)
@@ -26,9 +27,10 @@ EXIT_MISTAKE = 2
 EXIT_FAILED = 1
 "Something broke that is not the user's doing; there is a traceback."
 EXIT_SAVED_ON_SIGNAL = 75
-"SIGTERM or SIGUSR1: a checkpoint was saved; the same command goes on from it (EX_TEMPFAIL of sysexits.h)."
+"SIGTERM, SIGUSR1 or Ctrl-C: a checkpoint was saved; the same command goes on from it (EX_TEMPFAIL of sysexits.h)."
 EXIT_INTERRUPTED = 130
-"Ctrl-C: ended at once, without saving; a checkpoint that is being written is finished."
+"""Ctrl-C where nothing is being trained, or a second one: ended at once, without saving; a checkpoint that is being
+written is finished."""
 
 STUCK = 30.0  # seconds
 
@@ -50,15 +52,13 @@ def main(
     ``sys.argv`` holds values of the ``positional`` keys, an optional YAML path, and ``key=value``; what launchers add
     (``--local_rank=N``) is ignored in favour of the environment. ``base`` is :func:`fasttrain.config.load`'s.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # that the locale cannot write a name is no reason to end
+    _outlive_readers()
     given = [a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__local_rank=")]
     flags = {a for a in given if a in ("--help", "-h", "--print-config", "--debug")}
     arguments = [a for a in given if a not in flags]
     if flags & {"--help", "-h"}:
-        print("\n".join([doc.strip(), FLAGS, "", "keys:", *_described(schema, given)]))
-        sys.exit(0)
+        text = "\n".join([doc.strip(), FLAGS, "", "keys:", *_described(schema, given)])
+        sys.exit(_exit_code(lambda: print(text) or 0, debug=False))
 
     def run() -> int:
         try:
@@ -92,25 +92,58 @@ def _scripts_beside(script: str) -> dict[str, type[Config]]:
 
 def _exit_code(run: Callable[[], int], debug: bool) -> int:
     try:
-        return run()
-    except UsageError as error:
-        if debug:
+        code = run()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _end_soon(EXIT_INTERRUPTED)
+        if distributed.rank() == 0:
+            print("interrupted: ended at once; what was saved before stands", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except Exception as failure:
+        error = explained(failure)
+        if error is not failure:
+            _end_soon(EXIT_FAILED if error is None else EXIT_MISTAKE)
+        if debug or error is None:
             traceback.print_exc()
+        if error is None:
+            return EXIT_FAILED
         if distributed.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif not error.everywhere:
             print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
         return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        _end_soon(EXIT_INTERRUPTED)
-        print("interrupted: the last checkpoint stands; the same command goes on from it", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
-    except Exception:
-        _end_soon(EXIT_FAILED)
-        traceback.print_exc()
-        return EXIT_FAILED
     finally:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said: Ctrl-C while Python is leaving just ends it
         distributed.finalize()
+
+
+class _Output(io.FileIO):
+    """Standard output, or error: ``--help | head`` is no mistake, and a full disk one, said once."""
+
+    lost = False
+
+    def write(self, data: bytes) -> int:
+        try:
+            return len(data) if self.lost else super().write(data)
+        except OSError as error:
+            self.lost = True
+            if isinstance(error, BrokenPipeError):
+                return len(data)
+            raise OSError(error.errno, error.strerror, "what is printed") from None
+
+
+def _outlive_readers() -> None:
+    for name in ("stdout", "stderr"):
+        before = getattr(sys, name)
+        if before is None:  # closed from the start
+            continue
+        before.flush()
+        buffered = io.BufferedWriter(_Output(before.fileno(), "w", closefd=False))
+        text = {"encoding": before.encoding, "errors": "backslashreplace", "line_buffering": before.line_buffering}
+        setattr(sys, name, io.TextIOWrapper(buffered, **text, write_through=before.write_through))
 
 
 def _end_soon(code: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from fasttrain.errors import UsageError
+from fasttrain import rendezvous
+from fasttrain.errors import UsageError, explained
 from fasttrain.printable import printable
 from fasttrain_kernels.heap import keep_heap
 
@@ -36,14 +36,16 @@ def initialize(
     The backend is NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        UsageError: ``device`` is "cuda" and there is none, or there are fewer GPUs than ranks on this machine.
+        UsageError: ``device`` is "cuda" and there is none, there are fewer GPUs than ranks on this machine, or what the
+            environment says of ranks, addresses and networks cannot be.
     """
+    alone = not dist.is_initialized()
+    if alone:
+        rendezvous.check_place()
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "train.device=cuda, but PyTorch sees no GPU here: use train.device=auto or cpu", everywhere=True
         )
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda and local_rank() >= torch.cuda.device_count():
         raise UsageError(
@@ -62,8 +64,13 @@ def initialize(
     # On a CPU the first initialisation would compile this op, for minutes and under a lock that a kill leaves behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if cuda else "gloo"
-    _join_restarted(backend, timeout)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    store = rendezvous.meet(timeout) if alone else None
+    try:
+        _join_restarted(backend, timeout)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    except (RuntimeError, ValueError) as error:
+        raise rendezvous.explained(error) or error from None
+    del store  # the process group has its own by now
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
 
 
@@ -106,25 +113,25 @@ def cores_per_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def rank() -> int:
     """This process's rank; before the process group is up, what the launcher says (0 without one)."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else _stated("RANK", 0)
 
 
 def world_size() -> int:
     """Number of ranks; before the process group is up, what the launcher says (1 without one)."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else _stated("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """This process's rank on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _stated("LOCAL_RANK", 0)
+
+
+def _stated(name: str, default: int) -> int:
+    """What the launcher's environment says; what makes no sense there :func:`initialize` refuses."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 def say(line: str) -> None:
@@ -136,15 +143,17 @@ def say(line: str) -> None:
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Run ``work`` on every rank; where any rank raises :class:`UsageError`, all ranks raise it.
+    """Run ``work`` on every rank; where any rank raises :class:`UsageError`, or what becomes one, all ranks raise it.
 
     Without this, a mistake that only one rank meets (an unwritable disk, say) leaves the others in a collective.
     """
     result, complaint = None, None
     try:
         result = work()
-    except UsageError as error:
-        complaint = str(error)
+    except Exception as error:
+        if (line := explained(error)) is None:
+            raise
+        complaint = str(line)
     complaints = all_gather_object(complaint)
     for where, message in enumerate(complaints):
         if message is not None:

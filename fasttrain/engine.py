@@ -390,6 +390,7 @@ def train(
             if verdict.save_failed:
                 saver.stop_if_failed()
             stopping, evaluating = verdict.stop, due(done)
+            stop.agree(stopping)
             if done % run.config.save_every == 0 or last or stopping or evaluating:
                 with meter.paused():
                     saver.save(done)

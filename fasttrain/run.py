@@ -118,7 +118,8 @@ class Run:
             self._lock = open(self.dir / "lock", "a+", errors="replace")  # noqa: SIM115
         except OSError as error:
             raise UsageError(
-                f"run.dir={self.config.dir} cannot be written ({error.strerror}): choose another folder with run.dir=…"
+                f"run.dir={self.config.dir} cannot be written ({error.filename}: {error.strerror}): choose another "
+                "folder with run.dir=…"
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,9 +135,10 @@ class Run:
                 f"WARNING: run.dir={self.config.dir} is on a file system without locks ({error.strerror}): a second "
                 "run in it would not be noticed"
             )
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        with suppress(OSError):  # on a full disk the lock holds all the same
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
 
     def open(self, config: Config, start: int, total: int) -> None:
         """Begin to report at step ``start`` of ``total``; what was reported beyond ``start`` is dropped.
@@ -148,36 +150,49 @@ class Run:
         distributed.on_rank_zero(lambda: self._open(config, start, total))
 
     def _open(self, config: Config, start: int, total: int) -> None:
-        try:
-            self._open_reports(config, start)
-        except OSError as error:
-            raise UsageError(f"run.dir={self.config.dir} cannot be written ({error}): free space or mend it") from None
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=start, total=total, unit="step", disable=not terminal, dynamic_ncols=True)
         self._started, self._first = time.monotonic(), start
         self._total = total
+        try:
+            self._begin(config)
+            self._open_metrics()
+            self._open_tensorboard()
+        except OSError as error:
+            if self.config.on_save_error == "stop":
+                raise UsageError(
+                    f"run.dir={self.config.dir} cannot be written ({error}): free space or mend it"
+                ) from None
+            self._unwritten("the configuration and reports", error)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(initial=start, total=total, unit="step", disable=not terminal, dynamic_ncols=True)
 
-    def _open_reports(self, config: Config, start: int) -> None:
+    def _begin(self, config: Config) -> None:
+        """Put the folder in order: what was reported up to the step of the start stays."""
         for path in [self.dir / name for name in FILES]:
             if os.path.lexists(path) and not path.is_file():
                 self._set_aside(path, "is no file")
         events = self.dir / "tensorboard"
         if os.path.lexists(events) and not events.is_dir():
             self._set_aside(events, "is no folder")
-        metrics, bad = self.dir / "metrics.jsonl", self.dir / "bad_images.txt"
+        metrics, bad, start = self.dir / "metrics.jsonl", self.dir / "bad_images.txt", self._first
         lines, complaints = _parse(metrics)
         if complaints:
             stay = f"; its other {len(lines):,} lines stay" if start else ""
             self._set_aside(metrics, f"has {len(complaints):,} lines that cannot be read ({complaints[0]}){stay}")
         replace_file(self.dir / "config.yaml", to_yaml(config))
         replace_file(metrics, "".join(_line(line) for line in lines if line["step"] <= start) if start else "")
-        self._metrics = metrics.open("a", buffering=1)
         if start:
             self._bad_before = bad.read_bytes() if bad.exists() else b""
         else:
             bad.unlink(missing_ok=True)
-        # What an earlier life reported beyond ``start``, and where it saved nothing all of it, is not shown twice.
-        self._tensorboard = _tensorboard_writer(events, start + 1 if start else 0)
+
+    def _open_metrics(self) -> None:
+        if self._metrics is None:
+            self._metrics = (self.dir / "metrics.jsonl").open("a", buffering=1)
+
+    def _open_tensorboard(self) -> None:
+        """What an earlier life reported beyond the start, and where it saved nothing all of it, is not shown twice."""
+        if self._tensorboard is None:
+            self._tensorboard = _tensorboard_writer(self.dir / "tensorboard", self._first + 1 if self._first else 0)
 
     def _set_aside(self, path: Path, why: str) -> None:
         """Rename what cannot be read: it is in nobody's way, and not lost."""
@@ -194,10 +209,12 @@ class Run:
 
     def report(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics, to the file, to TensorBoard and to whoever watches; a full disk costs reports only."""
-        if self._metrics is None:
+        if self._bar is None:
             return
         try:
+            self._open_metrics()  # where the disk was full when the run began
             self._metrics.write(_line({"step": step, **values}))
+            self._open_tensorboard()  # after a line that went well: its thread cannot say that the disk is full
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()  # a kill leaves the two alike

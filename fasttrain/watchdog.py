@@ -25,13 +25,13 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from fasttrain import distributed
+from fasttrain import distributed, processes
 from fasttrain.errors import UsageError
+from fasttrain.processes import Process
 
 EXIT_RANK_LOST = 76
 "A rank, its host or the launcher is gone, or nobody steps any more; the last line names it."
@@ -41,21 +41,6 @@ BURIAL = 3.0  # seconds between a local process's end and the verdict: it may ha
 QUIET = 600.0  # seconds without a step between two lines that say so
 
 LEFT = "left"
-
-
-class Process(NamedTuple):
-    """A process, told apart from a later one of the same number."""
-
-    pid: int
-    started: str  # clock ticks since boot
-    space: str  # of process numbers: machine, boot, container
-
-    def gone(self) -> bool:
-        """Whether it has ended. Only a process of this machine and container can be asked after."""
-        if self.space != _space():
-            return False
-        state, started, _ = _stat(self.pid)
-        return state in "ZX" or started != self.started
 
 
 class Peer(NamedTuple):
@@ -81,7 +66,7 @@ class Watchdog:
         self.step = 0
         self._timeout, self._hang_timeout = timeout, hang_timeout
         self._left, self._ending = threading.Event(), threading.Lock()
-        self._launchers = _launchers()
+        self._launchers = processes.launchers()  # which this process must not outlive
         self._orphaned: float | None = None
         now = time.monotonic()
         self._progress, self._progressed, self._reported = -1, now, now
@@ -93,8 +78,7 @@ class Watchdog:
 
     def _meet(self) -> None:
         """Connect to the store, and wait until everybody has."""
-        me = Process(os.getpid(), _stat(os.getpid())[1], _space())
-        known = distributed.all_gather_object([socket.gethostname(), *me])
+        known = distributed.all_gather_object([socket.gethostname(), *processes.this()])
         token = distributed.on_rank_zero(lambda: secrets.token_hex(8))  # a restarted job's heartbeats are others
         self._prefix = f"fasttrain/heartbeat/{token}"
         self._peers = [Peer(rank, host, Process(*process)) for rank, (host, *process) in enumerate(known)]
@@ -173,8 +157,10 @@ class Watchdog:
             self._end(f"{names} gone: no heartbeat for {self._timeout:.0f} s; {self._last_step(lost[0])}")
 
     def _last_step(self, peer: Peer) -> str:
+        """Heartbeats come seldom; but a step that this rank has done, the other took part in."""
         beat = self._beats[peer.rank]
-        return f"last heard of at step {json.loads(beat)[1] if beat.startswith('[') else 0}"
+        step = json.loads(beat)[1] if beat.startswith("[") else 0
+        return f"last heard of at step {max(step, self.step)}"
 
     def _judge_progress(self, now: float) -> None:
         steps = [json.loads(beat)[1] for beat in self._beats if beat.startswith("[")]
@@ -227,44 +213,6 @@ def _lost_connection(failure: BaseException) -> bool:
     return isinstance(failure, dist.DistError) or (
         isinstance(failure, RuntimeError) and any(word in str(failure) for word in words)
     )
-
-
-def _launchers() -> list[Process]:
-    """The processes of ``deepspeed`` or ``torchrun`` above this one, which it must not outlive."""
-    found, pid = [], os.getppid()
-    while pid > 1 and _is_launcher(pid):
-        _, started, parent = _stat(pid)
-        found.append(Process(pid, started, _space()))
-        pid = parent
-    return found
-
-
-def _is_launcher(pid: int) -> bool:
-    """Not a shell that names one in its command line, which may well end before its children."""
-    try:
-        program, *arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    except (OSError, ValueError):
-        return False
-    named = {argument.rpartition("/")[2] for argument in arguments[:6]}
-    launchers = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
-    return program.rpartition("/")[2].startswith("python") and not launchers.isdisjoint(named)
-
-
-def _stat(pid: int) -> tuple[str, str, int]:
-    """(state, start in clock ticks, parent); state "X", dead, where there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "X", "", 0
-    return fields[0], fields[19], int(fields[1])
-
-
-def _space() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"  # nobody else's
 
 
 def _say(line: str) -> None:

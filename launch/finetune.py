@@ -6,8 +6,8 @@
   torchrun --nproc-per-node 8 launch/finetune.py ...                      the same under torchrun
 
 First a YAML file (optional), then key=value with dots. The same command run again goes on from its last checkpoint.
-SIGTERM or SIGUSR1 to a rank saves a checkpoint at the next step and exits with code 75; a mistake exits with code 2;
-when a rank is lost the others name it and exit with code 76.
+Ctrl-C, or SIGTERM or SIGUSR1 to a rank, saves a checkpoint at the next step and exits with code 75 (a second Ctrl-C
+ends at once); a mistake exits with code 2; when a rank is lost the others name it and exit with code 76.
 """
 
 from __future__ import annotations

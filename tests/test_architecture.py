@@ -10,8 +10,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"errors", "precision", "printable"},
-    {"config"},
+    {"errors", "precision", "printable", "processes"},
+    {"config", "rendezvous"},
     {"distributed"},
     {"data", "models", "run", "stop", "watchdog"},
     {"objectives", "attacks", "optim", "output", "weights"},

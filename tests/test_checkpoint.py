@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import torch
 
 from fasttrain import checkpoint
 from fasttrain.checkpoint import files, retention, saver
-from fasttrain.checkpoint.state import Snapshot
+from fasttrain.checkpoint.state import Snapshot, check_fits
 from fasttrain.errors import UsageError
 from fasttrain.run import RunConfig
 
@@ -108,6 +109,73 @@ def test_a_manifest_must_list_the_files_and_no_others(folder, change):
     change(seals)
     path.write_text(json.dumps(seals))
     assert checkpoint.verify(path.parent) is not None
+
+
+def sealed_anew(path: Path, file: str, data: bytes) -> None:
+    """Other contents, with a manifest that fits them."""
+    (path / file).write_bytes(data)
+    seals = json.loads((path / files.MANIFEST).read_text())
+    seals[file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / files.MANIFEST).write_text(json.dumps(seals))
+
+
+@pytest.mark.parametrize(
+    ("file", "data"),
+    [
+        *((file, data) for file in files.FILES for data in (b"", b"{", b"\x08" + bytes(7) + b"[1, 2, 3", b"x" * 99)),
+        (files.STATE, b"[]"),
+        (files.STATE, b'{"format": 2}'),
+        (files.STATE, b'{"format": "2", "step": 10, "world_size": 1, "optimizer_scalars": {}}'),
+        (files.STATE, b'{"format": 2, "step": 10, "world_size": 1, "optimizer_scalars": []}'),
+    ],
+)
+def test_what_was_sealed_and_is_no_checkpoint_is_passed_over(folder, file, data):
+    sealed_anew(folder / "step-00000010", file, data)
+    found, complaints = checkpoint.find(folder)
+    assert found.path.name == "step-00000005"
+    assert "step-00000010 is damaged and passed over" in complaints[0] and file in complaints[0]
+
+
+def test_a_format_of_another_version_is_no_damage(folder):
+    state = json.loads((folder / "step-00000010" / files.STATE).read_text()) | {"format": 3}
+    sealed_anew(folder / "step-00000010", files.STATE, json.dumps(state).encode())
+    with pytest.raises(UsageError, match="has format 3, this version reads 2: use the version that wrote it"):
+        checkpoint.find(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        (files.MODEL, lambda t: t.pop("bias"), "bias as nothing"),
+        (files.MODEL, lambda t: t.update(bias=torch.ones(4)), r"bias as \[4\], not \[3\]"),
+        (files.OPTIMIZER, lambda t: t.pop("momentum/bias"), "momentum/bias as nothing"),
+        (files.OPTIMIZER, lambda t: t.update(other=torch.ones(1)), "other as"),
+        (files.RANKS, lambda t: t.clear(), "00000/random.cpu as nothing"),
+        (files.RANKS, lambda t: t.update({"00000/bias": torch.ones(9)}), "00000/bias as"),
+    ],
+)
+def test_a_checkpoint_of_other_tensors_than_the_run_has_does_not_fit(tmp_path, file, change, said):
+    module = torch.nn.Module()
+    module.weight, module.bias = torch.nn.Parameter(TENSORS["weight"]), torch.nn.Parameter(TENSORS["bias"])
+    optimizer = {f"momentum/{name}": tensor for name, tensor in TENSORS.items()}
+    whole = Snapshot(dict(TENSORS), optimizer, {}, dict(taken().ranks), None)
+    engine = SimpleNamespace(module=module)
+    check_fits(files.read(files.write(tmp_path, 5, saver._contents(5, whole, {}))), engine)
+    change({files.MODEL: whole.model, files.OPTIMIZER: whole.optimizer, files.RANKS: whole.ranks}[file])
+    with pytest.raises(files.Damaged, match=f"{file} has {said}"):
+        check_fits(files.read(files.write(tmp_path, 10, saver._contents(10, whole, {}))), engine)
+
+
+def test_a_folder_in_the_place_of_the_newest_name_is_said_before_the_first_save(tmp_path):
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(UsageError, match="latest is a folder, where the newest checkpoint's name goes: move it away"):
+        files.sweep(tmp_path)
+
+
+def test_only_names_of_steps_count_and_by_their_number(folder):
+    for name in ("step-00000012.bak", "step-best", "step-99"):
+        (folder / name).mkdir()
+    assert [path.name for path in files.steps(folder)] == ["step-99", "step-00000010", "step-00000005"]
 
 
 def test_none_whole_is_an_error_and_none_at_all_is_not(folder, tmp_path):

@@ -29,7 +29,7 @@ from fasttrain.objectives.terms import PenaltyConfig, TermConfig, build_objectiv
 from fasttrain.optim import OptimizerConfig, build_optimizer
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
-from fasttrain.stop import until_stopped
+from fasttrain.stop import ECHO, SIGNALS, StopRequest, until_stopped
 from fasttrain.views import adversarial
 from tests.ranks import run_ranks
 from tests.test_engine import largest_difference
@@ -209,7 +209,7 @@ def told(at: int, number: int = signal.SIGTERM, again: bool = False):
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Once stopping, a process ignores further signals for good: not so this one."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -257,6 +257,36 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
     results = run_ranks(2, stopped, str(tmp_path), signal.SIGUSR1, timeout=400)
     assert results == [(False, results[0][1])] * 2
     assert checkpointed(tmp_path, results[0][1])
+
+
+def test_ctrl_c_saves_as_sigterm_does(tmp_path, handlers, capfd):
+    finished, images, _ = fit(settings(tmp_path), PLAIN, told(2, signal.SIGINT))
+    assert not finished and checkpointed(tmp_path, len(images.seen))
+    assert "Ctrl-C again ends at once" in capfd.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_at_once_and_its_echo_does_not(handlers, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("fasttrain.stop.time.monotonic", lambda: now[0])
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += ECHO / 2  # a launcher passes on what the terminal has sent already
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
+    now[0] += ECHO
+    os.kill(os.getpid(), signal.SIGTERM)  # it is stopping
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigpending()
+
+
+def test_a_job_that_is_not_to_heed_ctrl_c_does_not(handlers):
+    """A shell's background job is started so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.received
 
 
 class Evaluation:
@@ -368,6 +398,26 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     with Run(RunConfig(dir=str(tmp_path))):
         pass
     assert "without locks (Function not implemented)" in capfd.readouterr().err
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_at_the_start_stops_the_run_or_not_as_told(tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"cannot be written .*No space left.*free"):
+        patch.setattr("fasttrain.run.replace_file", full)
+        fit(settings(tmp_path / "stop"), PLAIN)
+    with monkeypatch.context() as patch, Run(RunConfig(dir=str(tmp_path / "on"), on_save_error="continue")) as run:
+        patch.setattr("fasttrain.run.replace_file", full)
+        patch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+        run.open(settings(tmp_path / "on"), 0, 2)
+        run.report(1, {"loss": 1.0})
+        patch.undo()
+        run.report(2, {"loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path / "on/metrics.jsonl")] == [1, 2]
+    assert list((tmp_path / "on/tensorboard").iterdir())
+    assert capfd.readouterr().err.count("WARNING: the configuration and reports cannot be written") == 1
 
 
 def test_a_full_disk_costs_reports_and_no_run(tmp_path, capfd):

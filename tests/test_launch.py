@@ -530,6 +530,32 @@ def test_after_sigterm_to_deepspeed_itself_no_rank_is_left_and_the_run_is_saved(
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(("launcher", "code"), [("python", 75), ("torchrun", 1), ("deepspeed", -signal.SIGINT)])
+def test_ctrl_c_saves_under_every_launcher(images, tmp_path, launcher, code):
+    """A terminal sends SIGINT to all processes of the job; deepspeed's runner ends at once, and the ranks save."""
+    folder = tmp_path / "run"
+    arguments = command(launcher, *LONG, f"data.root={images}", f"run.dir={folder}")
+    pipes = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(arguments, env=environment(), **pipes) as process:
+        steps_seen(process, 6)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == code, said
+    assert "interrupted: saving and ending" in said and "stopped by a signal; saved in" in said
+
+
+@pytest.mark.faults
+def test_two_jobs_of_the_same_command_on_one_host_do_not_meet(images, tmp_path):
+    """Neither names a port, and deepspeed's launcher has one for all."""
+    jobs = []
+    for name in ("first", "second"):
+        arguments = command("deepspeed", f"data.root={images}", f"run.dir={tmp_path / name}", "evaluate.every_epochs=0")
+        del arguments[(port := arguments.index("--master_port")) : port + 2]
+        jobs.append(subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True))
+    assert [(job.communicate()[1], job.returncode)[1] for job in jobs] == [0, 0]
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("lost", [0, 1])
 def test_torchrun_goes_on_by_itself_after_a_rank_was_killed(images, tmp_path, lost):
     folder = tmp_path / "run"

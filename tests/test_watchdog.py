@@ -98,6 +98,14 @@ def test_a_rank_killed_or_stopped_is_named_and_the_others_end(number, body):
             ended(ranks[1], 5)
 
 
+def test_a_lost_rank_was_heard_of_at_the_last_step_that_it_took_part_in():
+    """Heartbeats come seldom: by the last one it was at step 0."""
+    steps = "    x = torch.zeros(1)\n    for _ in range(15): dist.all_reduce(x); watchdog.step += 1\n"
+    with job(program(steps + WAITS), program(steps + "    os._exit(1)")) as ranks:
+        said = ended(ranks[0], 5)
+        assert f"rank 1 (process {ranks[1].pid} on " in said and "last heard of at step 15" in said
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_rank_zero_with_which_the_store_goes_is_named_too(number):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fasttrain.errors import UsageError
@@ -21,6 +23,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 STATE, MODEL, OPTIMIZER, RANKS = "state.json", "model.safetensors", "optimizer.safetensors", "ranks.safetensors"
 FILES = (STATE, MODEL, OPTIMIZER, RANKS)
+KEYS = {"format": int, "step": int, "world_size": int, "optimizer_scalars": dict}
+"What every ``state.json`` has, whatever the run; and what kind of value."
 
 
 class Damaged(Exception):
@@ -35,25 +39,16 @@ class Checkpoint(NamedTuple):
 
     @property
     def state(self) -> dict[str, Any]:
-        """What ``state.json`` says.
-
-        Raises:
-            UsageError: it was written in a format this version does not know.
-        """
-        try:
-            state = json.loads(self.files[STATE])
-        except (ValueError, RecursionError):
-            state = None
-        found = state.get("format") if isinstance(state, dict) else None
-        if found != FORMAT:
-            raise UsageError(
-                f"{self.path} has format {found}, this version reads {FORMAT}: use the version that wrote it"
-            )
-        return state
+        """What ``state.json`` says."""
+        return json.loads(self.files[STATE])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Those of one of the ``.safetensors`` files, on the host."""
         return safetensors.torch.load(self.files[name])
+
+    def shapes(self, name: str) -> dict[str, list[int]]:
+        """Of the tensors of one of the ``.safetensors`` files."""
+        return {key: tensor["shape"] for key, tensor in safetensors.deserialize(self.files[name])}
 
 
 def write(folder: Path, step: int, contents: Iterable[tuple[str, bytes]]) -> Path:
@@ -99,22 +94,34 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
+    """Remove what a killed run left half written or half removed.
+
+    Raises:
+        UsageError: a folder is where the name of the newest checkpoint goes.
+    """
+    if (folder / "latest").is_dir() and not (folder / "latest").is_symlink():
+        raise UsageError(f"{folder / 'latest'} is a folder, where the newest checkpoint's name goes: move it away")
     for leftover in [*folder.glob(".step-*"), *folder.glob(".latest.partial")]:
         with suppress(OSError):
             remove(leftover)
 
 
-def find(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def find(folder: Path, check: Callable[[Checkpoint], None] = lambda _: None) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint in ``folder`` (None when it has none at all), and a line for each that is damaged.
+
+    Args:
+        check: raises :class:`Damaged` where a checkpoint, whole as it is, does not hold what is needed of it.
 
     Raises:
         UsageError: there are checkpoints and none is whole; a run never starts over silently.
+        OSError: the folder cannot be read.
     """
     complaints = []
     for path in steps(folder):
         try:
-            return read(path), complaints
+            found = read(path)
+            check(found)
+            return found, complaints
         except Damaged as damage:
             complaints.append(f"checkpoint {path} is damaged and passed over: {damage}")
     if complaints:
@@ -128,9 +135,13 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint at ``path``; each file is read once, and what is returned is what was checked.
 
     Raises:
-        Damaged: a file is missing, is no regular file, or has not the size or hash that the manifest gives.
+        Damaged: a file is missing, is no regular file, has not the size or hash that the manifest gives, or holds
+            something else than its name says.
+        UsageError: it was written in a format this version does not know.
     """
-    return Checkpoint(path, dict(_checked(path)))
+    found = Checkpoint(path, dict(_checked(path)))
+    _check_contents(found)
+    return found
 
 
 def verify(path: Path) -> str | None:
@@ -144,8 +155,16 @@ def verify(path: Path) -> str | None:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Checkpoints by name, newest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: path.name, reverse=True)
+    """Checkpoints by name, newest first; none where there is no folder.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name)]
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names, key=lambda name: int(name[5:]), reverse=True)]
 
 
 def _checked(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -162,6 +181,31 @@ def _checked(path: Path) -> Iterator[tuple[str, bytes]]:
             yield file, data
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
+
+
+def require(state: Any, kinds: dict[str, type]) -> None:
+    """Whether ``state`` has these keys, with values of these kinds; it is :class:`Damaged` if not."""
+    for key, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise Damaged(f"{STATE} has no '{key}' that is a {kind.__name__}")
+
+
+def _check_contents(found: Checkpoint) -> None:
+    """Hashes tell what changed after it was sealed, and not what was sealed."""
+    try:
+        state = found.state
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{STATE} is not JSON: {error}") from None
+    require(state, KEYS)
+    if state["format"] != FORMAT:
+        raise UsageError(
+            f"{found.path} has format {state['format']}, this version reads {FORMAT}: use the version that wrote it"
+        )
+    for name in (MODEL, OPTIMIZER, RANKS):
+        try:
+            found.shapes(name)
+        except SafetensorError as error:
+            raise Damaged(f"{name} is not a safetensors file: {error}") from None
 
 
 def _read(path: Path) -> bytes:

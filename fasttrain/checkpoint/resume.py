@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fasttrain import distributed
 from fasttrain.checkpoint import files
 from fasttrain.checkpoint.files import Checkpoint
-from fasttrain.checkpoint.state import restore
+from fasttrain.checkpoint.state import check_fits, restore
 from fasttrain.config import Config, differences, listed
 from fasttrain.errors import UsageError
 from fasttrain.run import Run
@@ -36,6 +36,8 @@ MAY_CHANGE = (
 MAY_NOT = "run.seed"
 LENGTH = ("train.epochs:", "train.steps:")
 "Of a schedule that does not depend on its length these may change too."
+KEYS = {"config": dict, "data": str, "skipped": int}
+"What a run needs of its checkpoint's ``state.json``, beside what every one has."
 
 
 class Start(NamedTuple):
@@ -59,8 +61,15 @@ def resume(run: Run, engine, config: Config, data: str, steps: int, loss_scale=N
         UsageError: no checkpoint is whole, or the configuration or the data contradict it.
     """
     began = time.perf_counter()
+
+    def check(found: Checkpoint) -> None:
+        """Only of what was begun with the same settings; else those are the mistake, and found below."""
+        files.require(found.state, KEYS | ({"loss_scale": dict} if loss_scale is not None else {}))
+        if found.state["data"] == data and not contradictions(config, found.state):
+            check_fits(found, engine)
+
     found, complaints = distributed.agree(
-        lambda: files.find(run.checkpoints) if distributed.rank() == 0 else (None, [])
+        lambda: files.find(run.checkpoints, check) if distributed.rank() == 0 else (None, [])
     )
     for line in complaints:
         run.say(f"WARNING: {line}")
@@ -68,7 +77,6 @@ def resume(run: Run, engine, config: Config, data: str, steps: int, loss_scale=N
     if found is None:
         return Start()
     read, state = time.perf_counter(), found.state
-    _check_state(found, state)
     ours, theirs = _script(config.model_dump()), _script(state["config"])
     if theirs != ours:
         raise UsageError(
@@ -93,32 +101,12 @@ def resume(run: Run, engine, config: Config, data: str, steps: int, loss_scale=N
             "give the same data set and manifest, or choose another folder with run.dir=…",
             everywhere=True,
         )
-    try:
-        restore(found, engine)
-        if loss_scale is not None:
-            loss_scale.load(state["loss_scale"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if type(error) is RuntimeError and "state_dict" not in str(error):  # a device's
-            raise
-        raise _foreign(found, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    restore(found, engine)
+    if loss_scale is not None:
+        loss_scale.load(state["loss_scale"])
     ended = time.perf_counter()
     run.say(f"going on from {found.path} (read and checked in {read - began:.1f} s, in place in {ended - read:.1f} s)")
     return Start(state["step"], state["skipped"])
-
-
-def _check_state(found: Checkpoint, state: dict[str, Any]) -> None:
-    kinds = {"step": int, "world_size": int, "skipped": int, "data": str, "config": dict, "optimizer_scalars": dict}
-    for key, kind in kinds.items():
-        if not isinstance(state.get(key), kind):
-            raise _foreign(found, f"'{key}' in {files.STATE} is {state.get(key, 'absent')!r}"[:200])
-
-
-def _foreign(found: Checkpoint, reason: str) -> UsageError:
-    return UsageError(
-        f"{found.path} is whole and not what this version writes ({reason}): remove it to go on from the one before, "
-        "or use the version that wrote it",
-        everywhere=True,
-    )
 
 
 def _script(config: dict[str, Any]) -> str:

@@ -36,8 +36,7 @@ class Saver:
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
         self._timings: dict[str, float] = {}
-        if distributed.rank() == 0:
-            files.sweep(run.checkpoints)
+        distributed.on_rank_zero(lambda: files.sweep(run.checkpoints))
 
     @property
     def failed(self) -> bool:

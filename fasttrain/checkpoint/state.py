@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasttrain import distributed
 from fasttrain.checkpoint import files
-from fasttrain.checkpoint.files import Checkpoint
+from fasttrain.checkpoint.files import Checkpoint, Damaged
 
 
 class Snapshot(NamedTuple):
@@ -50,6 +50,30 @@ def snapshot(engine) -> Snapshot | None:
         copied = torch.cuda.Event()
         copied.record()
     return Snapshot(model, optimizer, scalars, own, copied)
+
+
+def check_fits(found: Checkpoint, engine) -> None:
+    """Whether :func:`restore` can put a checkpoint into ``engine``, by the names and shapes of its tensors.
+
+    Raises:
+        Damaged: not; the first name that differs.
+    """
+    weights = {name: list(tensor.shape) for name, tensor in engine.module.state_dict().items()}
+    trained = {name: list(p.shape) for name, p in engine.module.named_parameters() if p.requires_grad}
+    optimizer, ranks = found.shapes(files.OPTIMIZER), found.shapes(files.RANKS)
+    kinds = {name.partition("/")[0] for name in optimizer}
+    _same(files.MODEL, found.shapes(files.MODEL), weights)
+    _same(files.OPTIMIZER, optimizer, {f"{kind}/{name}": shape for kind in kinds for name, shape in trained.items()})
+    random = {f"{rank:05d}/random.cpu": list(torch.get_rng_state().shape) for rank in range(found.state["world_size"])}
+    own = {name: weights[buffer] for name in ranks if (buffer := name.partition("/")[2]) in weights}
+    needed = own | random
+    _same(files.RANKS, {name: shape for name, shape in ranks.items() if name in needed}, needed)
+
+
+def _same(file: str, held: dict[str, list[int]], needed: dict[str, list[int]]) -> None:
+    for name in sorted(held.keys() | needed.keys()):
+        if held.get(name) != needed.get(name):
+            raise Damaged(f"{file} has {name} as {held.get(name, 'nothing')}, not {needed.get(name, 'at all')}")
 
 
 def restore(found: Checkpoint, engine) -> None:
