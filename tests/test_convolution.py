@@ -108,6 +108,22 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("inputs", "outputs", "side"), [(3, 4, 8), (4, 4, 8), (4, 8, 16), (8, 16, 8)])
+def test_strided_1x1_of_few_channels_last(inputs: int, outputs: int, side: int) -> None:
+    """oneDNN's weight gradient of these is wrong by up to a half with AVX2, and has overrun memory."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(16, inputs, side, side, generator=generator), torch.randn(outputs, inputs, 1, 1)
+    found, expected = [], []
+    for dtype, gradients in ((torch.float32, found), (torch.double, expected)):
+        given = [t.detach().to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight)]
+        given = [t.requires_grad_() for t in given]
+        function = _ours if dtype == torch.float32 else F.conv2d
+        first = torch.autograd.grad(function(*given, stride=2).square().sum(), given, create_graph=True)
+        gradients += [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), given)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
+
+
 def test_each_pass_computes_what_was_asked_for_and_no_more() -> None:
     x, weight, _ = _tensors("3x3")
     with Counted() as counted:

@@ -33,6 +33,11 @@ def convolution(
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, weight, bias))
+    if kind == "cpu" and max(weight.shape[2:]) == 1 < max(stride) and not any(padding):
+        # oneDNN's weight gradient of a strided 1x1 convolution overruns memory, or is wrong by half, where channels are
+        # few and last (float32, AVX2); every stride-th pixel at stride 1 is the same convolution
+        x = x[(..., *(slice(None, None, step) for step in stride))].clone()
+        stride = (1,) * len(stride)
     return _Convolution.apply(x, weight, bias, _Geometry(stride, padding, dilation, groups))
 
 
