@@ -534,7 +534,7 @@ def test_after_sigterm_to_deepspeed_itself_no_rank_is_left_and_the_run_is_saved(
 def test_ctrl_c_saves_under_every_launcher(images, tmp_path, launcher, code):
     """A terminal sends SIGINT to all processes of the job; deepspeed's runner ends at once, and the ranks save."""
     folder = tmp_path / "run"
-    arguments = command(launcher, *LONG, f"data.root={images}", f"run.dir={folder}")
+    arguments = command(launcher, *LONG, "model.width=0.125", f"data.root={images}", f"run.dir={folder}")
     pipes = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with subprocess.Popen(arguments, env=environment(), **pipes) as process:
         steps_seen(process, 6)
@@ -547,9 +547,9 @@ def test_ctrl_c_saves_under_every_launcher(images, tmp_path, launcher, code):
 @pytest.mark.faults
 def test_two_jobs_of_the_same_command_on_one_host_do_not_meet(images, tmp_path):
     """Neither names a port, and deepspeed's launcher has one for all."""
-    jobs = []
+    jobs, more = [], ("model.width=0.125", "evaluate.every_epochs=0", f"data.root={images}")
     for name in ("first", "second"):
-        arguments = command("deepspeed", f"data.root={images}", f"run.dir={tmp_path / name}", "evaluate.every_epochs=0")
+        arguments = command("deepspeed", *more, f"run.dir={tmp_path / name}")
         del arguments[(port := arguments.index("--master_port")) : port + 2]
         jobs.append(subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True))
     assert [(job.communicate()[1], job.returncode)[1] for job in jobs] == [0, 0]
