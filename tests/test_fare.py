@@ -262,6 +262,16 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_did_without_a_new_classifi
     ]
 
 
+def test_a_run_that_goes_on_needs_its_source_no_more(images, source, tmp_path):
+    gone = Path(shutil.copytree(source, tmp_path / "source"))
+    given = [f"source={gone}", f"data.root={images}", f"run.dir={tmp_path / 'run'}", "robust.every_steps=0"]
+    given += ["attack.steps=1", "optimizer.warmup_steps=0", "optimizer.schedule=constant"]
+    assert finetune_here(*given, "train.steps=1") == 0
+    shutil.rmtree(gone)
+    assert finetune_here(*given, "train.steps=2") == 0
+    assert json.loads((tmp_path / "run/encoder.json").read_text())["step"] == 2
+
+
 def test_robust_evaluation_of_a_run_is_printed_and_written(images, finished, tmp_path, capsys):
     module = script("eval")
     given = ["task=robust", f"source={finished}", f"output={tmp_path / 'found.json'}", "linear.l2=[0.1]"]

@@ -172,7 +172,7 @@ class DaliSource:
         raise UsageError(f"{bad[0].complaint}, nor any of {len(bad) - 1} others: {self.remedy}")
 
     def _read_sound(self, epoch: int, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """What the catalogue has of a sample, and its size, which the catalogue knows from then on.
+        """What the catalogue has of a sample, and its size.
 
         Raises:
             OSError, ValueError: it cannot be read, or cannot be decoded for all that is known.
@@ -188,14 +188,14 @@ class DaliSource:
                 raise ValueError(reason)
         else:
             size = content.shape[:2]
-        self._catalog.sizes[index] = size
         return content, size
 
     def _start(self, read: _Read) -> None:
         """Wait for a batch's files and hand them to DALI."""
         images = [image for part in read.parts for image in part.result()]
         ids = np.array([image.index for image in images], np.int64)
-        draws = self._augment.draw(read.epoch, ids, _shapes(images)[:, :2])
+        self._catalog.sizes[ids] = sizes = _shapes(images)[:, :2]
+        draws = self._augment.draw(read.epoch, ids, sizes)
         self._running.append(_Running(read.epoch, read.wanted, images, draws))
         if images:
             if self._pipeline is None:
@@ -276,9 +276,8 @@ class DaliSource:
             elif self._catalog.encoded:
                 images = fn.decoders.image(content, **decoding)
                 found.append(images.shape())
-                images = fn.reshape(
-                    images, shape=external("shape", types.INT32, 1)
-                )  # fails where there are fewer pixels
+                # costs nothing, and fails where there are more or fewer pixels than the header says
+                images = fn.reshape(images, shape=external("shape", types.INT32, 1))
             else:
                 images = content if self._gpu is None else content.gpu()
             views = [
