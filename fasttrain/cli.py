@@ -136,12 +136,15 @@ class _Output(io.FileIO):
 
 
 def _outlive_readers() -> None:
+    """Let printing end nothing: that nobody reads it any more, or that the locale cannot write a name."""
     for name in ("stdout", "stderr"):
         before = getattr(sys, name)
-        if before is None:  # closed from the start
+        try:
+            number = before.fileno()
+        except (AttributeError, OSError, ValueError):  # closed from the start, or no file
             continue
         before.flush()
-        buffered = io.BufferedWriter(_Output(before.fileno(), "w", closefd=False))
+        buffered = io.BufferedWriter(_Output(number, "w", closefd=False))
         text = {"encoding": before.encoding, "errors": "backslashreplace", "line_buffering": before.line_buffering}
         setattr(sys, name, io.TextIOWrapper(buffered, **text, write_through=before.write_through))
 

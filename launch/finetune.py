@@ -145,8 +145,8 @@ def finetune(config: FinetuneConfig) -> int:
             print(summary(run))
             form = config.augment, config.export.normaliser
             weights = export.export(encoder, run.dir, *form, step=parts.plan.steps, finetuned_from=config.source)
-            print(f"{'weights':20s}{weights}")
-            print(f"{'picture':20s}{plots.curves(run.dir, PANELS)}")
+            print(printable(f"{'weights':20s}{weights}"))
+            print(printable(f"{'picture':20s}{plots.curves(run.dir, PANELS)}"))
     return 0
 
 

@@ -87,8 +87,8 @@ def pretrain(config: PretrainConfig) -> int:
             print(summary(run, start))
             form = config.augment, config.export.normaliser
             weights = export.export(parts.module.encoder, run.dir, *form, step=parts.plan.steps)
-            print(f"{'weights':20s}{weights}")
-            print(f"{'picture':20s}{plots.curves(run.dir)}")
+            print(printable(f"{'weights':20s}{weights}"))
+            print(printable(f"{'picture':20s}{plots.curves(run.dir)}"))
     return 0
 
 

@@ -10,8 +10,12 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"errors", "precision", "printable", "processes"},
-    {"config", "rendezvous"},
+    {"printable"},
+    {"errors", "precision", "processes"},
+    {"reading", "rendezvous"},
+    {"nearest"},
+    {"arguments"},
+    {"config"},
     {"distributed"},
     {"data", "models", "run", "stop", "watchdog"},
     {"objectives", "attacks", "optim", "output", "weights"},

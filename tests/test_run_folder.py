@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from fasttrain import engine, plots
 from fasttrain.checkpoint import retention
@@ -21,6 +22,12 @@ from fasttrain.run import Run, RunConfig, read_metrics
 
 class Settings(Config):
     run: RunConfig
+
+
+@pytest.fixture(autouse=True)
+def first_of_its_process(monkeypatch):
+    """TensorBoard sorts the lives of one second by process, and of one process by a number that it compares as text."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def life(folder: Path, start: int, *steps: int, **values: float) -> None:
