@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch
 from pretrain import Parts, PretrainConfig, build, of_weights
 
 from fasttrain import cli, distributed, doctor
 from fasttrain.doctor import attempt, joined, show
+
+import torch
 
 PATIENCE = timedelta(minutes=2)
 "for the other ranks, to come and in each collective"

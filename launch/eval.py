@@ -18,9 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch.nn.functional as F
-from pydantic import Field
-
 from fasttrain import cli, distributed, inherited
 from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig
@@ -36,6 +33,9 @@ from fasttrain.models import ModelConfig
 from fasttrain.output import try_output, write_output
 from fasttrain.precision import Precision, autocast_dtype, decide
 from fasttrain.printable import printable
+
+import torch.nn.functional as F
+from pydantic import Field
 
 ELSEWHERE = "choose another place with output=…"
 

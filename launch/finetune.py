@@ -15,10 +15,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from pydantic import Field, model_validator
-from torch import nn
-
 from fasttrain import cli, distributed, engine, export, inherited, plots
 from fasttrain.attacks import AttackConfig
 from fasttrain.config import Config, PathText, Where
@@ -40,6 +36,10 @@ from fasttrain.printable import printable
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import adversarial
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
 
 PANELS = (("loss", "loss"), ("clean_top1", "clean accuracy"), ("robust_top1", "robust accuracy"))
 

@@ -16,9 +16,6 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from pydantic import Field
-
 from fasttrain import cli, distributed, engine, export, inherited, plots
 from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
@@ -36,6 +33,9 @@ from fasttrain.printable import printable
 from fasttrain.run import Run, RunConfig, read_metrics
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import ViewedTermConfig, build_view
+
+import torch
+from pydantic import Field
 
 
 class StartConfig(ModelConfig):

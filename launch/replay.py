@@ -13,11 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import finetune
-import pretrain
-import torch
-from torch import Tensor, nn
-
 from fasttrain import cli, distributed, engine
 from fasttrain.config import Config, PathText, resolve
 from fasttrain.errors import UsageError
@@ -25,6 +20,11 @@ from fasttrain.models import Encoder
 from fasttrain.nonfinite import read_bundle
 from fasttrain.optim import build_optimizer
 from fasttrain.precision import Precision
+
+import finetune
+import pretrain
+import torch
+from torch import Tensor, nn
 
 
 class ReplayConfig(Config):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,27 @@ def test_imports_point_one_way(part):
 def test_kernels_know_nothing_of_fasttrain():
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not imports(path), path
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.stem)
+def test_launch_scripts_import_fasttrain_before_torch(script):
+    """It says how OpenMP's threads wait, which is read when torch is imported."""
+    names = [
+        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in ast.parse(script.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    parts = [name.partition(".")[0] for name in names]
+    assert "fasttrain" in (parts[: parts.index("torch")] if "torch" in parts else parts)
+
+
+def test_threads_of_openmp_sleep_while_they_wait():
+    """Spinning, they lose their time to whoever else is busy; see fasttrain_kernels/threads.py."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--help", "run"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    assert "GOMP_SPINCOUNT = '0'" in said
 
 
 def test_launch_scripts_shadow_no_module():
