@@ -55,7 +55,7 @@ def test_loaders_are_compared_with_bare_pipelines(images, tmp_path, capsys):
 
 
 NETWORK = NetworkConfig(
-    model=ModelConfig(arch="resnet18", stem="cifar", width=0.0625, zero_init_residual=False),
+    model=ModelConfig(arch="resnet18", stem="cifar", width=0.25, zero_init_residual=False),
     size=16,
     batch=8,
     precision="fp32",
@@ -95,7 +95,7 @@ def test_steps_match_the_plain_ones_and_are_all_in_the_table(tmp_path, capsys):
     assert printed.count("times as fast as") == 3
     assert set(rows["FARE, APGD-10"]["shares"]) == {"forward", "reference", "attack", "backward", "optimiser"}
     assert set(rows["structured view, colour"]["shares"]) == {"forward", "view", "backward", "optimiser"}
-    assert found["config"]["model"]["width"] == 0.0625 and found["config"]["rounds"] == 1
+    assert found["config"]["model"]["width"] == 0.25 and found["config"]["rounds"] == 1
 
 
 def test_attacks_are_all_in_the_table(tmp_path, capsys):
