@@ -229,7 +229,8 @@ def _open(config: DataConfig, role: Role, use_manifest: bool) -> Catalog:
             _refuse_by_content(config, edition[1])
             return _open_cifar(config, role, *edition)
     if not os.path.exists(root):
-        raise UsageError(f"data.root='{root}' does not exist: give the folder that holds the splits, or an archive")
+        what = "is a link that leads nowhere" if os.path.islink(root) else "does not exist"
+        raise UsageError(f"data.root='{root}' {what}: give the folder that holds the splits, or an archive")
     beton = _find_beton(config, role, root)
     if beton is not None:
         _refuse_by_content(config, beton)
