@@ -212,9 +212,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig | None, list
             if card is not None and not _is_older(folder):
                 return weights, card, notes
             complaint = f"'{folder / WEIGHTS}' " + (
-                "is older than the newest checkpoint, which is taken"
-                if card is not None
-                else f"has no {CARD} that can be read"
+                "is older than the newest checkpoint" if card is not None else f"has no {CARD} that can be read"
             )
     found, damaged = checkpoint.find(folder / "checkpoints")
     if found is None:
@@ -226,7 +224,8 @@ def _read_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig | None, list
         model = _model_of(found.state["config"]["model"])
     except (SafetensorError, KeyError, TypeError) as error:
         raise UsageError(f"{found.path} is no checkpoint of a run ({type(error).__name__}: {error})") from None
-    notes = [f"WARNING: {line}" for line in ([complaint] if complaint else []) + damaged]
+    complaints = [f"{complaint}: the weights of {found.path} are taken instead"] if complaint else []
+    notes = [f"WARNING: {line}" for line in complaints + damaged]
     held = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     return encoder_in(held, str(found.path)).weights, model, notes
 
