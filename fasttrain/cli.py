@@ -124,6 +124,7 @@ class _Output(io.FileIO):
     """Standard output, or error: ``--help | head`` is no mistake, and a full disk one, said once."""
 
     lost = False
+    before: io.TextIOBase
 
     def write(self, data: bytes) -> int:
         try:
@@ -144,7 +145,9 @@ def _outlive_readers() -> None:
         except (AttributeError, OSError, ValueError):  # closed from the start, or no file
             continue
         before.flush()
-        buffered = io.BufferedWriter(_Output(number, "w", closefd=False))
+        output = _Output(number, "w", closefd=False)
+        output.before = before  # which would close the file when nobody holds it
+        buffered = io.BufferedWriter(output)
         text = {"encoding": before.encoding, "errors": "backslashreplace", "line_buffering": before.line_buffering}
         setattr(sys, name, io.TextIOWrapper(buffered, **text, write_through=before.write_through))
 
