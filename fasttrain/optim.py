@@ -40,7 +40,7 @@ class OptimizerConfig(Config):
     schedule: Literal["cosine", "constant", "restarts"] = "cosine"
     """after the warm-up: one cosine to zero at the last step, the peak for ever, or cosines to zero one after another
     (SGDR); a run with one of the last two can be made longer"""
-    cycle_epochs: float = Field(10, gt=0, allow_inf_nan=False)
+    cycle_epochs: float = Field(10, gt=0)
     "restarts: epochs of the first cosine"
     cycle_growth: int = Field(1, ge=1)
     "restarts: how many times as long as the one before each further cosine is"

@@ -29,11 +29,11 @@ class AttackConfig(Config):
     """Attack: fgsm (one step), pgd, or apgd (step size and momentum adapt themselves)."""
     norm: Norm = "linf"
     """Norm that bounds the perturbation: linf or l2."""
-    eps_255: float = pydantic.Field(default=8.0, ge=0, allow_inf_nan=False)
+    eps_255: float = pydantic.Field(default=8.0, ge=0)
     """Bound in 1/255 of the pixel range, for either norm: 8 is 8/255; an l2 bound of 0.5 is 127.5."""
     steps: int = pydantic.Field(default=10, ge=1)
     """Steps of pgd and apgd."""
-    step_255: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    step_255: float | None = pydantic.Field(default=None, gt=0)
     """Step size of pgd in 1/255; null: 2.5 eps / steps."""
     restarts: int = pydantic.Field(default=1, ge=1)
     """Random starts of pgd and apgd; each image keeps the one of the highest loss."""

@@ -18,15 +18,15 @@ class PLBConfig(Config):
     """Norm of the change to be made small: linf or l2."""
     steps: int = pydantic.Field(default=300, ge=1)
     """Evaluations (forward and input gradient) an image; the authors take 900 and those of their backtracking."""
-    step_size: float = pydantic.Field(default=0.1, gt=0, allow_inf_nan=False)
+    step_size: float = pydantic.Field(default=0.1, gt=0)
     """Step on the barrier, in units of the images (0 to 1) over those of the loss."""
-    barrier: float = pydantic.Field(default=0.1, gt=0, allow_inf_nan=False)
+    barrier: float = pydantic.Field(default=0.1, gt=0)
     """Weight of the barrier at first."""
     decay: float = pydantic.Field(default=0.75, gt=0, le=1)
     """Factor on the barrier's weight, every `inner` steps."""
     inner: int = pydantic.Field(default=10, ge=1)
     """Steps between two decays of the barrier; a thirtieth of all steps suits."""
-    shrink: float = pydantic.Field(default=1.0, gt=0, allow_inf_nan=False)
+    shrink: float = pydantic.Field(default=1.0, gt=0)
     """What a step takes off the change, in its L1 norm (linf; 50 suits 224-pixel images) or its L2 norm (l2)."""
     backtrack: float = pydantic.Field(default=0.05, gt=0, lt=1)
     """Share of a move that is kept, time after time, while the image it leads to is not misclassified."""

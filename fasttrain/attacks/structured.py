@@ -42,7 +42,7 @@ class StructuredConfig(Config):
     """translation: largest shift along either axis, as a share of the image's side."""
     jitter: float = pydantic.Field(default=0.5, gt=0, le=1)
     """colour_jitter: largest change, in augment.jitter's scale: brightness, contrast, saturation 0.8 of it, hue 0.2."""
-    lr_factor: float = pydantic.Field(default=1.0, gt=0, allow_inf_nan=False)
+    lr_factor: float = pydantic.Field(default=1.0, gt=0)
     """The adversary's learning rate over the encoder's."""
 
     @pydantic.model_validator(mode="after")

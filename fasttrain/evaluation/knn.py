@@ -23,7 +23,7 @@ QUERIES, BANK_ROWS = 1024, 65536  # similarities held at a time: 256 MiB
 class KNNConfig(Config):
     neighbours: int = pydantic.Field(default=200, ge=1)
     """Nearest training images that vote; lowered, with a note, to the number of training images."""
-    temperature: float = pydantic.Field(default=0.1, gt=0, allow_inf_nan=False)
+    temperature: float = pydantic.Field(default=0.1, gt=0)
     """A neighbour's vote weighs exp(cosine / temperature); Wu et al. use 0.07."""
 
 

@@ -21,7 +21,7 @@ ROWS = 65536  # rows whose logits are held at a time
 
 
 class LinearConfig(Config):
-    l2: tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...] = pydantic.Field(
+    l2: tuple[Annotated[float, pydantic.Field(gt=0)], ...] = pydantic.Field(
         default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), min_length=1
     )
     """Weight decays to choose from, on features of unit variance; the choice is made on held-out training images."""

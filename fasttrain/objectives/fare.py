@@ -18,7 +18,7 @@ from fasttrain.objectives.objective import Objective, OneSided
 
 
 class FareConfig(Config):
-    alpha: float = pydantic.Field(default=0.1, ge=0, allow_inf_nan=False)
+    alpha: float = pydantic.Field(default=0.1, ge=0)
     """Weight of the clean images' term; 0: none (FARE as published)."""
     against: Literal["distance", "cross_entropy"] = "distance"
     """What the attack raises: the embedding distance, or the cross-entropy of a linear classifier on the features."""

@@ -15,7 +15,7 @@ from fasttrain_kernels import ntxent
 
 
 class NTXentConfig(Config):
-    temperature: float = pydantic.Field(default=0.1, gt=0, allow_inf_nan=False)
+    temperature: float = pydantic.Field(default=0.1, gt=0)
     """Temperature of NT-Xent: SimCLR uses 0.1 on ImageNet, 0.5 on CIFAR-10."""
 
 

@@ -24,7 +24,7 @@ from fasttrain.objectives.objective import Objective, OneSided
 from fasttrain.objectives.simsiam import simsiam, simsiam_one_sided
 from fasttrain.objectives.sup_con import info_nce, sup_con, sup_con_one_sided
 
-Weight = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, pydantic.Field(ge=0)]
 PerStage = tuple[Weight, Weight, Weight, Weight]
 
 
@@ -53,7 +53,7 @@ class PenaltyConfig(Config):
     """λ of L + λ/2 R, the squared norm of the loss's gradient by the images; 0: no penalty."""
     method: Method = "double_backward"
     """double_backward (exact), or finite_difference: another regulariser, see its docstring for how far off."""
-    step: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    step: float | None = pydantic.Field(default=None, gt=0)
     """finite_difference: L2 length an image is moved by, pixels in [0, 1]; null: 0.01."""
     scheme: Scheme | None = None
     """finite_difference: forward (one more pass) or central (two); null: forward."""
@@ -98,9 +98,9 @@ class TermConfig(Config):
 
     objective: str = "nt_xent"
     """nt_xent, sup_con, cross_entropy or simsiam."""
-    weight: float = pydantic.Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = pydantic.Field(default=1.0, gt=0)
     """Factor on the term."""
-    temperature: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    temperature: float | None = pydantic.Field(default=None, gt=0)
     """nt_xent, sup_con: temperature; null: 0.1."""
     penalty: PenaltyConfig = PenaltyConfig()
     """Penalty on the image gradient."""
