@@ -51,11 +51,11 @@ def initialize(
         raise UsageError(
             f"local rank {local_rank()} has no GPU ({torch.cuda.device_count()} visible): start one process a GPU"
         )
+    os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(local_rank())
         choose_algorithms(deterministic)
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(cores_per_rank())
         keep_heap()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

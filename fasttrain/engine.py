@@ -21,7 +21,7 @@ from fasttrain.data import Batch
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order
 from fasttrain.errors import NotFinite, UsageError
-from fasttrain.nonfinite import Guard, step_if_finite, unusable
+from fasttrain.nonfinite import Gate, Guard, Taken, unusable
 from fasttrain.optim import OptimizerConfig, build_optimizer, schedule
 from fasttrain.precision import LossScale, Precision, autocast_dtype, decide
 from fasttrain.run import Run, read_metrics
@@ -39,6 +39,7 @@ OWNED = {
     "scheduler": "optimizer.lr, optimizer.schedule and optimizer.warmup_epochs (or warmup_steps)",
     "zero_allow_untested_optimizer": "train.zero_stage",
     "steps_per_print": "run.log_every",
+    "timers": "nothing, since they make the host wait for the GPU in every step;",
 }
 "DeepSpeed's keys that have an owner in our configuration, and which."
 
@@ -109,8 +110,9 @@ class TrainConfig(Config):
 def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
     """DeepSpeed's dictionary, derived from ours; every number has one owner.
 
-    ``gradient_clipping`` is always written, since DeepSpeed clips at 1.0 when it is absent. No module is listed as safe
-    in low precision, so that gradients are reduced in fp32.
+    ``gradient_clipping`` is always written, since DeepSpeed clips at 1.0 when it is absent; at stage 0
+    :class:`~fasttrain.nonfinite.Gate` clips, which waits for nothing. No module is listed as safe in low precision, so
+    that gradients are reduced in fp32. DeepSpeed's throughput timer would wait for the whole GPU twice a micro-batch.
     """
     extra: dict[str, Any] = {}
     if config.deepspeed is not None:
@@ -135,8 +137,9 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
         "train_batch_size": config.batch,
         "train_micro_batch_size_per_gpu": config.micro_batch(world),
         "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": config.clip if config.zero_stage else 0.0,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {**extra.get("zero_optimization", {}), "stage": config.zero_stage},
         "torch_autocast": {
@@ -167,6 +170,8 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: Trai
     )
     if config.zero_stage == 0:
         engine.module.to(memory_format=torch.channels_last)
+        if distributed.world_size() == 1:  # else DeepSpeed flattens, "reduces" and copies back every gradient
+            engine.enable_backward_allreduce = False
     return engine
 
 
@@ -339,6 +344,7 @@ def train(
             images are bad than ``loader.bad_share`` allows; on all ranks together.
     """
     meter = Meter(config.batch)
+    gate = Gate(engine, config.clip, scaled=config.precision == "fp16")
     batches = loader.iterate(start * config.accumulation)
     engine.train()
 
@@ -350,34 +356,42 @@ def train(
             with meter.paused():
                 if not evaluate_saved(run, saver, due(start), start, reported(run, start)):
                     return False
-        for step in range(start, plan.steps):
+        step, before = start, None
+        while step < plan.steps:
             done, last = step + 1, step + 1 == plan.steps
             for group in engine.optimizer.param_groups:
                 group["lr"] = plan.learning_rate(step) * group.get("lr_factor", 1.0)
 
-            guard.begin()
-            seen, losses = [], []
+            guard.begin(step)
+            taken = Taken(step, [], [])
             for micro, forward in enumerate(forwards(engine, batches, config, meter)):
-                seen.append(forward.index)
-                losses.append(forward.value)
+                taken.seen.append(forward.index)
+                taken.losses.append(forward.value)
                 loss = forward.loss
                 if micro + 1 == config.accumulation:
-                    verdict = Verdict(losses, stop.received, saver.failed)
+                    verdict = Verdict(taken.losses, stop.received, saver.failed, gate.shut)
                     loss = verdict.spoil(loss)
                 engine.backward(loss)
-                taken = step_if_finite(engine)
+                gate.step()
             if loss_scale is not None:
                 loss_scale.update()
-            # in fp16 a gradient that overflows is the loss scale's affair
-            rejected = not verdict.finite or (not taken and loss_scale is None)
+            if verdict.shut:  # since the step before, of which nothing has moved; nor has anything of this one
+                guard.reject(before, f"the gradient of step {before.step} is not finite")
+                gate.open()
+                batches = loader.iterate(step * config.accumulation)
+                continue
+            reports, saves = (done % every == 0 or last for every in (run.config.log_every, run.config.save_every))
+            settles = reports or saves or due(done) or verdict.stop or verdict.save_failed or not gate.defers
+            rejected = not verdict.finite or (settles and gate.is_shut())
             if rejected:
-                what = "gradient" if verdict.finite else "loss"
-                value = "not finite" if verdict.finite else verdict.loss
-                guard.reject(step, f"the {what} of step {step} is {value}", seen, losses)
+                what = "gradient is not finite" if verdict.finite else f"loss is {verdict.loss}"
+                guard.reject(taken, f"the {what.replace(' ', f' of step {step} ', 1)}")
+                gate.open()
             meter.steps += 1
+            before, step = taken, done
 
             run.progress(done)
-            if done % run.config.log_every == 0 or last:
+            if reports:
                 values = {"epoch": round(done / plan.steps_per_epoch, 3)}
                 values |= {"loss": verdict.loss} if not rejected else {}
                 if len(forward.terms) > 1 and not rejected:  # a view's values come under their own full names
@@ -391,7 +405,7 @@ def train(
                 saver.stop_if_failed()
             stopping, evaluating = verdict.stop, due(done)
             stop.agree(stopping)
-            if done % run.config.save_every == 0 or last or stopping or evaluating:
+            if saves or stopping or evaluating:
                 with meter.paused():
                     saver.save(done)
             if evaluating and not stopping:  # else it is for the resumed run to do
@@ -422,21 +436,21 @@ def forwards(engine, batches: Iterator[Batch], config: TrainConfig, meter: Meter
 
 class Verdict:
     """What all ranks agree on about a step: its mean loss, whether it is finite, whether anyone was told to stop or
-    failed to write a checkpoint.
+    failed to write a checkpoint, and whether the gate was shut by an earlier step's gradient.
 
     The values travel to the host on their own, recorded before the backward pass is launched, so that reading them
     waits for the forward pass alone.
     """
 
-    def __init__(self, losses: list[Tensor], stop: bool, save_failed: bool) -> None:
+    def __init__(self, losses: list[Tensor], stop: bool, save_failed: bool, shut: Tensor) -> None:
         total = torch.stack(losses).float().mean()
-        report = torch.stack([total, *(torch.full_like(total, float(flag)) for flag in (stop, save_failed))])
+        report = torch.stack([total, shut, *(torch.full_like(total, float(flag)) for flag in (stop, save_failed))])
         if distributed.world_size() > 1:
             dist.all_reduce(report)
         self._there = report
         self._event = None
         if report.is_cuda:
-            self._report = torch.empty(3, pin_memory=True).copy_(report, non_blocking=True)
+            self._report = torch.empty(4, pin_memory=True).copy_(report, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
@@ -460,12 +474,16 @@ class Verdict:
         return self.loss - self.loss == 0
 
     @property
-    def stop(self) -> bool:
+    def shut(self) -> bool:
         return self._read(1) > 0
 
     @property
-    def save_failed(self) -> bool:
+    def stop(self) -> bool:
         return self._read(2) > 0
+
+    @property
+    def save_failed(self) -> bool:
+        return self._read(3) > 0
 
 
 class Meter:

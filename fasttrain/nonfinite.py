@@ -4,21 +4,27 @@ All ranks decide together. A loss that is not finite on any of them makes the gr
 gradients before the step, so one norm settles the rest. What is undone: weights, optimiser state and buffers
 (BatchNorm's running statistics, an adversary's count of its calls) are bit for bit as they were before the step. What
 is not: the step counts, its images are used up, and the random state has moved on.
+
+On a GPU the norm is not read where it is found, which would make the host wait for the backward pass of every step: a
+:class:`Gate` there lets the optimiser move nothing from the first gradient on that is not finite, the host learns of it
+with the next step's loss, and takes that step again.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttrain import distributed
-from fasttrain.checkpoint.state import random_state
+from fasttrain.checkpoint.state import random_state, set_random_state
 from fasttrain.errors import UsageError
 from fasttrain.run import Run
 
@@ -26,31 +32,125 @@ STEP, WEIGHTS, RANDOM = "step.json", "weights.safetensors", "random.safetensors"
 "Files of a bundle: what the step was, and the weights and each rank's random state before it."
 
 
-def step_if_finite(engine) -> bool:
-    """``engine.step()``; False where the gradient was not finite, and then no weight or optimiser state has moved.
+class Gate:
+    """Takes optimiser steps while gradients are finite; after one that is not, none moves anything until :meth:`open`.
 
-    DeepSpeed's ZeRO optimisers and fp16's loss scaler look at the gradient themselves. Without them its norm is read
-    here, which waits for the backward pass.
+    ``shut`` is where the gradients are: 0, or 1 from a gradient on whose norm is not finite. Where the optimiser reads
+    such a flag itself (:class:`~fasttrain.optim.LARS`, torch's fused ones, on a GPU), nothing waits for it, and the
+    gate ``defers``: whoever takes steps looks at ``shut`` later. Elsewhere the flag is read before the step. In fp16
+    overflows are the loss scale's affair, and the gate stays open.
+
+    Gradients are clipped here, too: c = min(1, clip / (norm + 1e-6)). DeepSpeed's own clipping reads the norm on the
+    host; so does its ZeRO optimiser, which is told not to where the gate defers.
+
+    Args:
+        engine: DeepSpeed's.
+        clip: largest norm of the gradient, 0 for no limit. Under ZeRO without deferring DeepSpeed clips.
+        scaled: the loss is scaled (fp16).
+        defers: ``None``: on a GPU.
     """
-    if not engine.is_gradient_accumulation_boundary() or engine.torch_autocast_z0_gradscaler is not None:
+
+    def __init__(self, engine, clip: float = 0.0, scaled: bool = False, defers: bool | None = None) -> None:
+        self._engine, self._clip, self._scaled = engine, clip, scaled
+        self._parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        self._zero = engine.optimizer if hasattr(engine.optimizer, "overflow") else None
+        optimizer = engine.optimizer if self._zero is None else self._zero.optimizer
+        device = self._parameters[0].device
+        self.shut = torch.zeros((), device=device)
+        able = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaled
+        if self._zero is not None:  # of a DeepSpeed that can be told not to look
+            told = all(hasattr(self._zero, name) for name in ("check_grad_overflow", "compute_grad_norm"))
+            able = able and told and not self._zero.cpu_offload
+        self.defers = able and (device.type == "cuda" if defers is None else defers)
+        if self.defers:
+            optimizer.found_inf = self.shut
+            if self._zero is not None:
+                self._zero.check_grad_overflow = self._zero.compute_grad_norm = False
+                self._zero.clip_grad = 0.0
+
+    def step(self) -> None:
+        """``engine.step()``."""
+        engine = self._engine
+        if engine.is_gradient_accumulation_boundary() and not self._judge():
+            engine.zero_grad()
+            engine.micro_steps += 1
+            engine.global_steps += 1
+            engine.global_samples += engine.train_batch_size()
+            return
         engine.step()
-        return True
-    if hasattr(engine.optimizer, "overflow"):
-        engine.step()
-        return not engine.optimizer.overflow
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if torch.nn.utils.get_total_norm(gradients).isfinite():
-        engine.step()
-        return True
-    engine.zero_grad()
-    engine.micro_steps += 1
-    engine.global_steps += 1
-    engine.global_samples += engine.train_batch_size()
-    return False
+        if self._zero is not None and not self.defers and not self._scaled:
+            self.shut.fill_(float(self._zero.overflow))
+
+    def is_shut(self) -> bool:
+        """Read on the host, which waits for the backward pass."""
+        return bool(self.shut)
+
+    def open(self) -> None:
+        """Let the next steps through."""
+        self.shut.zero_()
+
+    def _judge(self) -> bool:
+        """Look at the gradient, and clip it; whether the optimiser is to be called."""
+        if self._zero is not None:
+            if self.defers:
+                self._look_at(
+                    [g for part in self._zero.averaged_gradients.values() for g in part or () if g is not None]
+                )
+            return True
+        _lay_out(self._parameters)
+        gradients = [p.grad for p in self._parameters]
+        if self._scaled:
+            if self._clip:
+                self._engine.torch_autocast_z0_gradscaler.unscale_(self._engine.optimizer)
+                self._clipped(gradients, torch.nn.utils.get_total_norm(gradients))
+            return True
+        self._look_at(gradients)
+        return self.defers or not self.is_shut()
+
+    def _look_at(self, gradients: list[Tensor]) -> None:
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(self.shut)
+        if self._zero is not None and distributed.world_size() > 1:  # each rank has its own part of the gradient
+            square = norm.square()
+            dist.all_reduce(square)
+            norm = square.sqrt()
+        torch.maximum(self.shut, 1 - norm.isfinite().float(), out=self.shut)
+        self._clipped(gradients, norm)
+
+    def _clipped(self, gradients: list[Tensor], norm: Tensor) -> None:
+        if self._clip and gradients:
+            torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _lay_out(parameters: Iterable[Tensor]) -> None:
+    """Give each parameter a gradient (0 where no loss reached it), in its own memory format.
+
+    CUDA's fused optimisers refuse others, and DeepSpeed's zeros are contiguous.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        elif any(a != b and n > 1 for a, b, n in zip(p.grad.stride(), p.stride(), p.shape, strict=True)):
+            p.grad = torch.empty_like(p).copy_(p.grad)
+
+
+class Taken(NamedTuple):
+    """An optimiser step that was taken."""
+
+    step: int
+    seen: list[Tensor]  # of each micro-batch, the positions in the data set
+    losses: list[Tensor]  # and this rank's loss
+
+
+class _Begun(NamedTuple):
+    """What a step may have to be put back to."""
+
+    step: int
+    random: dict[str, Tensor]
+    buffers: list[list[Tensor]]
 
 
 class Guard:
-    """Keeps what a step may have to be put back to, and decides by ``train.on_non_finite``.
+    """Keeps what the last two steps may have to be put back to, and decides by ``train.on_non_finite``.
 
     Args:
         config: the run's whole configuration.
@@ -62,31 +162,39 @@ class Guard:
         self._run, self._engine, self._config, self._data = run, engine, config, data
         self.skipped = skipped
         self._buffers = _by_kind(engine.module)
-        self._before = [[buffer.clone() for buffer in buffers] for buffers in self._buffers]
+        self._begun: list[_Begun] = []
 
-    def begin(self) -> None:
-        """Before a step."""
-        self._random = random_state()
-        with torch.no_grad():
-            for saved, buffers in zip(self._before, self._buffers, strict=True):
-                torch._foreach_copy_(saved, buffers)
+    @torch.no_grad()
+    def begin(self, step: int) -> None:
+        """Before a step, which may be taken again."""
+        self._begun = [begun for begun in self._begun if begun.step < step]
+        spare = self._begun.pop(0).buffers if len(self._begun) == 2 else None
+        if spare is None:
+            spare = [[torch.empty_like(buffer) for buffer in buffers] for buffers in self._buffers]
+        for saved, buffers in zip(spare, self._buffers, strict=True):
+            torch._foreach_copy_(saved, buffers)
+        self._begun.append(_Begun(step, random_state(), spare))
 
-    def reject(self, step: int, what: str, seen: list[Tensor], losses: list[Tensor]) -> None:
-        """Undo the step and keep the evidence; return to go on without it. All ranks together.
+    @torch.no_grad()
+    def reject(self, taken: Taken, what: str) -> None:
+        """Undo one of the last two steps and keep the evidence; return to go on without it. All ranks together.
+
+        Where a later one was begun it is to be taken again, and its random state is restored.
 
         Args:
             what: "its loss is nan", say.
-            seen, losses: of each micro-batch, the positions in the data set and this rank's loss.
 
         Raises:
             UsageError: the policy is to stop, or ``train.max_skipped`` steps were skipped before.
         """
-        with torch.no_grad():
-            for saved, buffers in zip(self._before, self._buffers, strict=True):
-                torch._foreach_copy_(buffers, saved)
+        begun, *later = [begun for begun in self._begun if begun.step >= taken.step]
+        for saved, buffers in zip(begun.buffers, self._buffers, strict=True):
+            torch._foreach_copy_(buffers, saved)
         self.skipped += 1
         train, optimizer = self._config.train, self._config.optimizer
-        evidence = self._record(step, what, seen, losses)
+        evidence = self._record(begun, taken, what)
+        for begun in later:
+            set_random_state(begun.random)
         if train.on_non_finite == "skip" and self.skipped <= train.max_skipped:
             self._run.say(f"WARNING: {what}: skipped, the {self.skipped}. of {train.max_skipped} allowed; {evidence}")
             return
@@ -98,15 +206,15 @@ class Guard:
             everywhere=True,
         )
 
-    def _record(self, step: int, what: str, seen: list[Tensor], losses: list[Tensor]) -> str:
+    def _record(self, begun: _Begun, taken: Taken, what: str) -> str:
         """Write the bundle, and say where it is."""
-        folder = self._run.dir / f"not-finite-step-{step:08d}"
+        folder = self._run.dir / f"not-finite-step-{taken.step:08d}"
         ranks = distributed.all_gather_object(
-            {"index": [index.tolist() for index in seen], "loss": [float(loss) for loss in losses]}
+            {"index": [index.tolist() for index in taken.seen], "loss": [float(loss) for loss in taken.losses]}
         )
-        random = distributed.all_gather_bytes(safetensors.torch.save(self._random))
+        random = distributed.all_gather_bytes(safetensors.torch.save(begun.random))
         report = {
-            "step": step,
+            "step": taken.step,
             "what": what,
             "data": self._data,
             "schema": type(self._config).__name__,
@@ -175,4 +283,4 @@ def _by_kind(module: nn.Module) -> list[list[Tensor]]:
     return list(kinds.values())
 
 
-__all__ = ["RANDOM", "STEP", "WEIGHTS", "Guard", "read_bundle", "step_if_finite", "unusable"]
+__all__ = ["RANDOM", "STEP", "WEIGHTS", "Gate", "Guard", "Taken", "read_bundle", "unusable"]

@@ -196,8 +196,14 @@ class LARS(torch.optim.Optimizer):
         sharded: the parameters seen are this rank's shards (ZeRO 1 or 2, one group a parameter): norms are summed over
             the ranks, so the trust ratio is exactly that of the whole tensor.
 
+    As torch's fused optimisers do, a step divides gradients by the attribute ``grad_scale`` and moves nothing where the
+    attribute ``found_inf`` is 1, each a tensor of one number that the host does not read (:class:`torch.amp.GradScaler`
+    and :class:`~fasttrain.nonfinite.Gate` set them).
+
     Source: You, Gitman, Ginsburg, arXiv:1708.03888; Chen et al., arXiv:2002.05709, appendix B.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -227,15 +233,24 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
             updates: list[Tensor] = [p.grad for p in weights]
+            if scale is not None:
+                updates = list(torch._foreach_mul(updates, scale.double().reciprocal().float()))
             if group["adapt"]:
                 updates = list(torch._foreach_add(updates, weights, alpha=group["weight_decay"]))
                 torch._foreach_mul_(updates, list(self._trust_ratios(weights, updates, group["trust_coefficient"])))
             buffers = [self._buffer(p) for p in weights]
+            if found_inf is not None:
+                updates = list(torch._foreach_mul(updates, group["lr"]))
+                rule = {"weight_decay": 0.0, "momentum": group["momentum"], "lr": 1.0, "dampening": 0.0}
+                flags = {"nesterov": False, "maximize": False, "is_first_step": False}
+                torch._fused_sgd_(weights, updates, buffers, **rule, **flags, found_inf=found_inf)
+                continue
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates, alpha=group["lr"])
             torch._foreach_sub_(weights, buffers)

@@ -14,6 +14,7 @@ from fasttrain import checkpoint, distributed, engine
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
+from fasttrain.nonfinite import Gate
 from fasttrain.objectives import PenaltyConfig, TermConfig, build_objective
 from fasttrain.optim import OptimizerConfig, build_optimizer
 from fasttrain.precision import LossScale
@@ -47,6 +48,7 @@ class Case(NamedTuple):
     clip: float = 0.0
     precision: str = "fp32"
     lr: float = 0.1
+    defers: bool = False  # as on a GPU: the optimiser reads whether the gradient is finite, the host does not
 
 
 def build(case: Case):
@@ -88,11 +90,12 @@ def take_steps(trainer, case: Case, start: int, stop: int) -> None:
     # BatchNorm sees micro-batches, so only with fixed statistics is the split exact.
     if case.objective.startswith("cross_entropy"):
         trainer.module.eval()
+    gate = Gate(trainer, case.clip, scaled=case.precision == "fp16", defers=case.defers)
     for step in range(start, stop):
         for batch in micro_batches(step, case.accumulation):
             loss, _ = trainer(batch)
             trainer.backward(loss)
-            trainer.step()
+            gate.step()
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -124,6 +127,8 @@ CASES = [
     *[Case(stage, objective="nt_xent, penalty") for stage in (0, 1, 2)],
     Case(2, accumulation=2, objective="cross_entropy, penalty"),
     Case(1, objective="nt_xent, difference"),
+    Case(0, clip=0.05, defers=True),
+    Case(2, clip=0.05, defers=True),
 ]
 
 

@@ -84,9 +84,7 @@ def restore(found: Checkpoint, engine) -> None:
     if state["world_size"] == distributed.world_size():
         mine = f"{distributed.rank():05d}/"
         own = {k.removeprefix(mine): v for k, v in found.tensors(files.RANKS).items() if k.startswith(mine)}
-        torch.set_rng_state(own.pop("random.cpu"))
-        if (cuda := own.pop("random.cuda", None)) is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda)
+        set_random_state({name: own.pop(name) for name in list(own) if name.startswith("random.")})
         engine.module.load_state_dict(own, strict=False)
     else:  # another number of ranks: this one's random state is new, and a function of where it starts
         torch.manual_seed(hash((state["step"], distributed.rank())))
@@ -101,6 +99,13 @@ def random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Go on from what :func:`random_state` returned; a GPU's is left alone where the state has none."""
+    torch.set_rng_state(state["random.cpu"])
+    if "random.cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random.cuda"])
 
 
 def _rank_state(module: nn.Module) -> dict[str, Tensor]:
