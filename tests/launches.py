@@ -33,6 +33,7 @@ WAITS = {
     "aten::masked_select",
     "aten::nonzero",
     "aten::_unique2",
+    "aten::lift_fresh",
     "aten::unique_dim",
 }
 "Operations whose result, or the size of it, the host has to know."
