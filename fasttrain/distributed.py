@@ -78,7 +78,9 @@ def choose_algorithms(deterministic: bool) -> None:
     """On a GPU: cuDNN's fastest for each shape, found by trying; or only what gives the same bits each time.
 
     In the second case an operation that has no such algorithm runs all the same, and PyTorch warns with its name.
+    In either, float32 is not rounded to TF32, until :func:`fasttrain.precision.decide` is asked for that.
     """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
@@ -244,9 +246,23 @@ def all_reduce(x: Tensor) -> Tensor:
     return _Sum.apply(x)
 
 
+def exchanges() -> int:
+    """How many of these gathers and sums this process has taken part in."""
+    return _exchanges
+
+
+_exchanges = 0
+
+
+def _exchanged() -> None:
+    global _exchanges
+    _exchanges += 1
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        _exchanged()
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.stack(parts)
@@ -278,6 +294,7 @@ class _ScatterSum(torch.autograd.Function):
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        _exchanged()
         total = x.contiguous().clone()
         dist.all_reduce(total)
         return total

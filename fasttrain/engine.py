@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fasttrain import checkpoint, distributed, gradient_cache
 from fasttrain.config import Config, PathText, Where
+from fasttrain.cuda_graph import CudaGraph, Passes, make_passes
 from fasttrain.data import Batch
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order
@@ -59,11 +60,15 @@ class TrainConfig(Config):
     """With accumulation, what a contrastive loss compares: the images of a micro-batch (of all ranks), or of the whole
     batch, exactly, for one more forward pass (gradient caching; needs model.sync_bn=false)."""
     precision: Precision = "auto"
-    "autocast of convolutions and products (fp16: with loss scaling; auto: bf16 where the hardware has it, else fp32)"
+    """autocast of convolutions and products (fp16: with loss scaling; auto: bf16 where the hardware has it, else fp32);
+    tf32: a GPU's float32 with factors of 11 bits, which fp32 never is here"""
     device: distributed.Device = "auto"
     "auto: the GPU when there is one"
     deterministic: bool = False
     "on a GPU, only algorithms that give the same bits each time, which are slower; on a CPU all are such"
+    cuda_graph: CudaGraph = "auto"
+    """on a GPU, record a micro-batch's forward and backward pass and launch each as one: auto (where it can be; a line
+    says why not), on (or stop) or off"""
     zero_stage: int = 0
     "DeepSpeed ZeRO: 0, 1 (optimiser state sharded) or 2 (and gradients); 0 is the fastest with LARS"
     clip: float = Field(0.0, ge=0)
@@ -345,6 +350,7 @@ def train(
     """
     meter = Meter(config.batch)
     gate = Gate(engine, config.clip, scaled=config.precision == "fp16")
+    passes = make_passes(engine, config, run.say)
     batches = loader.iterate(start * config.accumulation)
     engine.train()
 
@@ -364,14 +370,14 @@ def train(
 
             guard.begin(step)
             taken = Taken(step, [], [])
-            for micro, forward in enumerate(forwards(engine, batches, config, meter)):
+            for micro, forward in enumerate(forwards(engine, passes, batches, config, meter)):
                 taken.seen.append(forward.index)
                 taken.losses.append(forward.value)
-                loss = forward.loss
+                factor = None
                 if micro + 1 == config.accumulation:
                     verdict = Verdict(taken.losses, stop.received, saver.failed, gate.shut)
-                    loss = verdict.spoil(loss)
-                engine.backward(loss)
+                    factor = verdict.factor
+                passes.backward(forward.loss, factor)
                 gate.step()
             if loss_scale is not None:
                 loss_scale.update()
@@ -417,7 +423,9 @@ def train(
     return True
 
 
-def forwards(engine, batches: Iterator[Batch], config: TrainConfig, meter: Meter) -> Iterator[gradient_cache.Forward]:
+def forwards(
+    engine, passes: Passes, batches: Iterator[Batch], config: TrainConfig, meter: Meter
+) -> Iterator[gradient_cache.Forward]:
     """Take the micro-batches of one optimiser step to where each is to be backpropagated."""
 
     def fetched() -> Batch:
@@ -430,7 +438,7 @@ def forwards(engine, batches: Iterator[Batch], config: TrainConfig, meter: Meter
         return
     for _ in range(config.accumulation):
         batch = fetched()
-        loss, terms = engine(batch)
+        loss, terms = passes.forward(batch)
         yield gradient_cache.Forward(batch.index, loss, loss.detach(), terms)
 
 
@@ -461,9 +469,10 @@ class Verdict:
             self._event.synchronize()
         return float(self._report[position])
 
-    def spoil(self, loss: Tensor) -> Tensor:
-        """``loss``, whose gradient is NaN on this rank too where any rank's loss is not finite; nothing is read."""
-        return loss * torch.where(self._there[0].isfinite(), 1.0, torch.nan)
+    @property
+    def factor(self) -> Tensor:
+        """Of the loss: NaN, so that its gradient is, where any rank's loss is not finite, else 1; nothing is read."""
+        return torch.where(self._there[0].isfinite(), 1.0, torch.nan)
 
     @property
     def loss(self) -> float:

@@ -7,19 +7,36 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+from fasttrain.errors import UsageError
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 
 def decide(precision: Precision, device: torch.device) -> Precision:
-    """``auto`` becomes bf16 where ``device`` multiplies it natively, and fp32 elsewhere; another name stays."""
+    """``auto`` becomes bf16 where ``device`` multiplies it natively, and fp32 elsewhere; another name stays.
+
+    fp32 is IEEE's: PyTorch's default on a GPU is TF32 for convolutions, with 11 bits of a factor where float32 has 24.
+    Here ``tf32`` asks for that, of convolutions, matrix products and contrastive losses, and nothing else does.
+
+    Raises:
+        UsageError: tf32 on a CPU.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError("precision=tf32: a CPU has no TF32; use fp32", everywhere=True)
+    allow_tf32(precision == "tf32")
     if precision != "auto":
         return precision
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_multiplies_bf16()
     return "bf16" if native else "fp32"
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the factors of float32 convolutions and products to TF32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """What autocast computes in; ``None`` for fp32."""
+    """What autocast computes in; ``None`` for fp32 and tf32."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 

@@ -95,11 +95,15 @@ def step_of(term: Term, **model: Any) -> TrainStep:
 
 
 def fit(
-    config: Settings, term: Any, progress=lambda run, step, engine: None, evaluation: engine.Callback | None = None
+    config: Settings,
+    term: Any,
+    progress=lambda run, step, engine: None,
+    evaluation: engine.Callback | None = None,
+    **model: Any,
 ) -> tuple[bool, Images, dict]:
     """Train as a script does; ``progress`` is called after each step. Gives (finished, images, state)."""
     device = distributed.initialize("cpu")
-    module, images = step_of(term), Images(config.train.accumulation)
+    module, images = step_of(term, **model), Images(config.train.accumulation)
     plan = engine.Plan(config.train.steps, STEPS, lambda step: 0.01 / (step + 1))
     with Run(config.run) as run:
         before = run.progress

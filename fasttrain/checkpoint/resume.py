@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "data.download",
     "train.device",
     "train.deterministic",
+    "train.cuda_graph",
     "train.zero_stage",
     "train.deepspeed",
     "train.on_non_finite",

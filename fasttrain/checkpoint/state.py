@@ -110,7 +110,9 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 def _rank_state(module: nn.Module) -> dict[str, Tensor]:
     persistent = module.state_dict().keys()
-    buffers = {k: v.detach().cpu().contiguous().clone() for k, v in module.named_buffers() if k in persistent}
+    buffers = {k: _to_host(v) for k, v in module.named_buffers() if k in persistent}
+    if any(buffer.is_cuda for buffer in module.buffers()):
+        torch.cuda.current_stream().synchronize()  # once for all copies
     return random_state() | buffers
 
 

@@ -157,6 +157,12 @@ def finite_difference(step: float, scheme: Scheme) -> Regulariser:
                 "penalty.precision=fp32",
                 everywhere=True,
             )
+        if images.is_cuda and torch.backends.cudnn.allow_tf32:
+            raise UsageError(
+                "penalty.method=finite_difference in TF32: losses differ by rounding alone; use train.precision=fp32, "
+                "or bf16 with penalty.precision=fp32",
+                everywhere=True,
+            )
         shift = step * _direction(losses, images)
 
         def at(position: Tensor) -> Tensor:
