@@ -13,8 +13,11 @@ Weights, buffers (BatchNorm's statistics, an adversary's count of its calls), op
 without. The first :data:`WARM_UP` micro-batches of a kind run as usual, since kernels are compiled and algorithms tried
 then; a recording is then compared with the same passes run as usual, and used only if they agree.
 
-It is valid for one kind of batch (shapes), of modules in one mode, whose tensors lie where they lay: another kind gets
-a recording of its own, up to :data:`MOST`. A resumed run records again.
+Where that cannot be (ZeRO's hooks, gradients that are cached, values that ranks exchange on the way), an attack that is
+part of a view is recorded by itself, which is most of such a step.
+
+A recording is valid for one kind of batch (shapes), of modules in one mode, whose tensors lie where they lay; another
+kind gets one of its own, up to :data:`MOST`. A resumed run records again.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from fasttrain import distributed
 from fasttrain.checkpoint.state import random_state, set_random_state
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
+from fasttrain.models import Encoder
 from fasttrain.precision import autocast_dtype
+from fasttrain.views.adversarial import Adversarial
 
 T = TypeVar("T")
 CudaGraph = Literal["auto", "on", "off"]
@@ -101,8 +106,16 @@ def make_passes(engine, config: Any, say: Callable[[str], None]) -> Passes:
         return Recorded(usual, engine, config, Recorder(), say)
     if config.cuda_graph == "on":
         raise UsageError(f"train.cuda_graph=on: {reason}; use auto", everywhere=True)
-    say(f"no CUDA graphs: {reason}")
+    say(f"no CUDA graphs of whole passes: {reason}")
+    record_attacks(engine.module, Recorder, say)
     return usual
+
+
+def record_attacks(module: nn.Module, recorder: Callable[[], Recorder], say: Callable[[str], None]) -> None:
+    """Let the views of ``module`` that attack do so by recordings."""
+    for view in module.modules():
+        if isinstance(view, Adversarial):
+            view.moved = RecordedAttack(view, recorder(), say)
 
 
 def why_not(module: nn.Module, config: Any, device: torch.device) -> str | None:
@@ -118,6 +131,56 @@ def why_not(module: nn.Module, config: Any, device: torch.device) -> str | None:
     return None
 
 
+class _Shelf:
+    """Recordings by kind of batch, of which one is made after :data:`WARM_UP` batches."""
+
+    def __init__(self, modules: list[nn.Module], make: Callable[[Batch], Any], refuse: Callable[[str], None]) -> None:
+        self._modules, self._make, self._refuse = modules, make, refuse
+        self._seen: Counter[Any] = Counter()
+        self._recordings: dict[Any, Any] = {}
+        self._closed = False
+
+    def find(self, batch: Batch, may_make: bool = True) -> Any:
+        """The recording for ``batch``, or ``None`` where there is none yet, or will be none."""
+        if self._closed:
+            return None
+        kind = self._kind(batch)
+        if kind in self._recordings:
+            return self._recordings[kind]
+        self._seen[kind] += 1
+        if self._seen[kind] <= WARM_UP or not may_make:
+            return None
+        if len(self._recordings) == MOST:
+            return self.close(f"batches are of more than {MOST} kinds")
+        try:
+            self._recordings[kind] = self._make(batch)
+        except RuntimeError as error:  # whatever a part does that cannot be recorded; out of memory
+            return self.close(" ".join(str(error).split())[:300])
+        return self._recordings[kind]
+
+    def usual(self, work: Callable[[], T]) -> T:
+        """Do ``work`` without a recording, and make none of what exchanges values between ranks."""
+        before = distributed.exchanges()
+        result = work()
+        if not self._closed and distributed.exchanges() > before:
+            self.close("BatchNorm or a loss exchanges values between ranks on the way")
+        return result
+
+    def close(self, reason: str) -> None:
+        self._closed = True
+        self._recordings.clear()
+        self._refuse(reason)
+
+    def _kind(self, batch: Batch) -> tuple:
+        """What a recording is valid for."""
+        tensors = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
+        return (
+            tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in batch),
+            tuple(part.training for module in self._modules for part in module.modules()),
+            tuple(t.data_ptr() for t in tensors),
+        )
+
+
 class Recorded:
     """Passes that are recorded and replayed where that is possible, and as usual elsewhere."""
 
@@ -125,23 +188,17 @@ class Recorded:
         self._usual, self._engine, self._config, self._recorder, self._say = usual, engine, config, recorder, say
         self._module = engine.module
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
-        self._seen: Counter[Any] = Counter()
-        self._recordings: dict[Any, _Recording] = {}
+        self._shelf = _Shelf([self._module], self._record, self._refuse)
         self._current: _Recording | None = None
         self._sums: list[Tensor] | None = None
-        self._left_off = False
 
     def forward(self, batch: Batch) -> Forward:
-        recording = None if self._left_off else self._recording(batch)
+        recording = self._shelf.find(batch, may_make=self._first)
         if self._current is None and not self._first:
             recording = None  # a step is taken in one way
         self._current = recording
         if recording is None:
-            exchanged = distributed.exchanges()
-            result = self._usual.forward(batch)
-            if not self._left_off and distributed.exchanges() > exchanged:
-                self._leave_off("BatchNorm or a loss exchanges values between ranks in the forward pass")
-            return result
+            return self._shelf.usual(lambda: self._usual.forward(batch))
         recording.put(batch)
         recording.forward()
         return recording.loss.detach().clone(), recording.terms
@@ -170,48 +227,14 @@ class Recorded:
         """Whether the micro-batch is the first of its optimiser step."""
         return self._engine.micro_steps % self._config.accumulation == 0
 
-    def _recording(self, batch: Batch) -> _Recording | None:
-        kind = self._kind(batch)
-        if kind in self._recordings:
-            return self._recordings[kind]
-        self._seen[kind] += 1
-        if self._seen[kind] <= WARM_UP or not self._first:
-            return None
-        if len(self._recordings) == MOST:
-            self._leave_off(f"batches are of more than {MOST} kinds")
-            return None
-        try:
-            recording = self._record(batch)
-        except RuntimeError as error:  # whatever a part does that cannot be recorded; out of memory
-            self._leave_off(" ".join(str(error).split())[:300])
-            return None
-        self._recordings[kind] = recording
-        return recording
-
-    def _kind(self, batch: Batch) -> tuple:
-        """What a recording is valid for."""
-        tensors = [*self._module.parameters(), *self._module.buffers()]
-        return (
-            tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in batch),
-            tuple(part.training for part in self._module.modules()),
-            tuple(t.data_ptr() for t in tensors),
-        )
-
     def _record(self, batch: Batch) -> _Recording:
         """Of this batch's passes; nothing that training sees has changed afterwards.
 
         Raises:
             RuntimeError: it cannot be recorded, or what is replayed is not what the passes do.
         """
-        buffers = list(self._module.buffers())
-        kept, random = [buffer.clone() for buffer in buffers], random_state()
-
-        def restore() -> None:
-            with torch.no_grad():
-                torch._foreach_copy_(buffers, kept)
-            set_random_state(random)
-
         recording = _Recording(self._module, self._parameters, batch, self._run)
+        restore = _restorer(self._module)
         try:
             self._scale(recording.factor, None)
             recording.work_forward()
@@ -222,13 +245,11 @@ class Recorded:
             restore()
             recording.forward()
             recording.backward()
-            difference = _difference([loss, *usual], [recording.loss.detach(), *recording.gradients])
+            _compare("gradients", [loss, *usual], [recording.loss.detach(), *recording.gradients])
         finally:
             restore()
             for parameter in self._parameters:
                 parameter.grad = None
-        if not difference < TOLERANCE:
-            raise RuntimeError(f"replayed gradients are {difference:.1e} from those of the passes themselves")
         return recording
 
     def _run(self, batch: Batch) -> Forward:
@@ -243,12 +264,53 @@ class Recorded:
         scaler = self._engine.torch_autocast_z0_gradscaler
         into.copy_(whole if scaler is None else scaler.scale(whole))
 
-    def _leave_off(self, reason: str) -> None:
-        self._left_off = True
-        self._recordings.clear()
+    def _refuse(self, reason: str) -> None:
         if self._config.cuda_graph == "on":
             raise UsageError(f"train.cuda_graph=on: {reason}; use auto")
-        self._say(f"no CUDA graphs: {reason}")
+        self._say(f"no CUDA graphs of whole passes: {reason}")
+        record_attacks(self._module, type(self._recorder), self._say)
+
+
+class RecordedAttack:
+    """What :meth:`~fasttrain.views.adversarial.Adversarial.moved` gives, by recordings."""
+
+    def __init__(self, view: Adversarial, recorder: Recorder, say: Callable[[str], None]) -> None:
+        self._view, self._usual, self._recorder = view, view.moved, recorder
+        self._shelf: _Shelf | None = None
+        self._say = say
+
+    def __call__(self, encoder: Encoder, batch: Batch) -> Tensor:
+        if self._shelf is None:
+            refuse = lambda reason: self._say(f"no CUDA graph of the attack: {reason}")  # noqa: E731
+            self._shelf = _Shelf([self._view, encoder], lambda batch: self._record(encoder, batch), refuse)
+        found = self._shelf.find(batch)
+        if found is None:
+            return self._shelf.usual(lambda: self._usual(encoder, batch))
+        inputs, images, replay = found
+        _put(inputs, batch)
+        replay()
+        return images.clone()
+
+    def _record(self, encoder: Encoder, batch: Batch) -> tuple[Batch, Tensor, Callable[[], None]]:
+        inputs, kind = _copy(batch), batch.images.device.type
+        restore = _restorer(self._view, encoder)
+        half = torch.get_autocast_dtype(kind)
+
+        def work() -> Tensor:
+            # casts of weights that are kept would be read outside of the recording, before it has run
+            with torch.autocast(kind, half, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+                return self._usual(encoder, inputs)
+
+        try:
+            usual = work()
+            restore()
+            images, replay = self._recorder.record(work)
+            restore()
+            replay()
+            _compare("images", [usual], [images])
+        finally:
+            restore()
+        return inputs, images, replay
 
 
 class _Recording:
@@ -264,13 +326,11 @@ class _Recording:
         self, module: nn.Module, parameters: list[nn.Parameter], batch: Batch, run: Callable[[Batch], Forward]
     ) -> None:
         self._parameters, self._run = parameters, run
-        self._batch = Batch(*(t if t is None else t.clone() for t in batch))
+        self._batch = _copy(batch)
         self.factor = torch.ones((), device=batch.images.device)
 
     def put(self, batch: Batch) -> None:
-        for ours, theirs in zip(self._batch, batch, strict=True):
-            if ours is not None:
-                ours.copy_(theirs, non_blocking=True)
+        _put(self._batch, batch)
 
     def record(self, recorder: Recorder) -> None:
         (self.loss, self.terms), self.forward = recorder.record(self.work_forward)
@@ -288,14 +348,39 @@ class _Recording:
         return [parameter.grad for parameter in self._parameters]
 
 
-def _difference(usual: list[Tensor | None], recorded: list[Tensor | None]) -> float:
-    """‖recorded − usual‖ / ‖usual‖; infinite where one has a gradient and the other none."""
-    pairs = [(a, b) for a, b in zip(usual, recorded, strict=True) if a is not None or b is not None]
-    if any(a is None or b is None for a, b in pairs):
-        return float("inf")
-    off = torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum()
-    size = torch.stack([a.double().square().sum() for a, _ in pairs]).sum()
-    return float((off / size).sqrt())
+def _copy(batch: Batch) -> Batch:
+    return Batch(*(t if t is None else t.clone() for t in batch))
 
 
-__all__ = ["CudaGraph", "Passes", "Recorded", "Recorder", "Usual", "make_passes", "why_not"]
+def _put(into: Batch, batch: Batch) -> None:
+    for ours, theirs in zip(into, batch, strict=True):
+        if ours is not None:
+            ours.copy_(theirs, non_blocking=True)
+
+
+def _restorer(*modules: nn.Module) -> Callable[[], None]:
+    """Puts buffers and random state back to what they are now."""
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    kept, random = [buffer.clone() for buffer in buffers], random_state()
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+        set_random_state(random)
+
+    return restore
+
+
+def _compare(what: str, usual: list[Tensor | None], replayed: list[Tensor | None]) -> None:
+    """Raise RuntimeError where ‖replayed − usual‖ / ‖usual‖ is too large."""
+    pairs = [(a, b) for a, b in zip(usual, replayed, strict=True) if a is not None or b is not None]
+    alike = all(a is not None and b is not None for a, b in pairs)
+    off = torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum() if alike else torch.inf
+    size = torch.stack([a.double().square().sum() for a, _ in pairs]).sum() if alike else 1.0
+    difference = float(off / size) ** 0.5
+    if not difference < TOLERANCE:
+        raise RuntimeError(f"replayed {what} are {difference:.1e} from those of the passes themselves")
+
+
+__all__ = ["CudaGraph", "Passes", "Recorded", "RecordedAttack", "Recorder", "Usual", "make_passes", "record_attacks"]

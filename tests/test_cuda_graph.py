@@ -131,7 +131,7 @@ def test_what_cannot_be_recorded_runs_as_usual_or_stops(tmp_path, monkeypatch, r
     said = with_recorder(monkeypatch, recorder)
     _, _, found = fit(settings(tmp_path / "auto", train), simclr())
     assert all(torch.equal(usual[name], found[name]) for name in usual)
-    assert len(said) == 1 and said[0].startswith("no CUDA graphs: ") and reason in said[0]
+    assert len(said) == 1 and said[0].startswith("no CUDA graphs of whole passes: ") and reason in said[0]
     with_recorder(monkeypatch, recorder, "on")
     with pytest.raises(UsageError, match=f"train.cuda_graph=on: .*{reason}"):
         fit(settings(tmp_path / "on", train), simclr())
@@ -201,3 +201,27 @@ def test_ranks_average_recorded_gradients(tmp_path):
     ranks = run_ranks(2, on_two_ranks, str(tmp_path))
     for usual, recorded, replays in ranks:
         assert torch.equal(usual, recorded) and replays == 2 * (STEPS - cuda_graph.WARM_UP + 1)
+
+
+@pytest.mark.parametrize("train", [{"zero_stage": 1}, {"accumulation": 2, "loss_over": "batch"}])
+def test_an_attack_is_recorded_where_the_whole_cannot_be(tmp_path, monkeypatch, train):
+    train = {"steps": STEPS} | train
+    attack = AttackConfig(name="pgd", steps=1)
+
+    def term(_):
+        labels = TermConfig(objective="cross_entropy")
+        view = adversarial(attack, build_one_sided(labels), 0, 0, train.get("accumulation", 1))
+        alone = Term("attacked", build_objective(labels), 1.0, view)
+        return [alone] if "zero_stage" in train else [Term("whole", build_objective(NT_XENT)), alone]
+
+    _, _, usual = fit(settings(tmp_path / "usual", train), term, sync_bn=False)
+
+    def make(trainer, config, say):
+        cuda_graph.record_attacks(trainer.module, StandIn, say)
+        return Usual(trainer)
+
+    monkeypatch.setattr(engine, "make_passes", make)
+    StandIn.replays = 0
+    _, _, recorded = fit(settings(tmp_path / "recorded", train), term, sync_bn=False)
+    assert all(torch.equal(usual[name], recorded[name]) for name in usual)
+    assert StandIn.replays == 1 + train["steps"] * train.get("accumulation", 1) - cuda_graph.WARM_UP

@@ -91,7 +91,8 @@ def step_of(term: Term, **model: Any) -> TrainStep:
     torch.manual_seed(0)
     head = HeadConfig(width=8, out=8)
     encoder = Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.0625, head=head, classes=3, **model))
-    return TrainStep(encoder, [term(encoder) if callable(term) else term])
+    terms = term(encoder) if callable(term) else term
+    return TrainStep(encoder, terms if isinstance(terms, list) else [terms])
 
 
 def fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.attacks import AttackConfig, attacked, image_keys, make_attack
 from fasttrain.attacks.evaluation import Watched
@@ -54,6 +54,10 @@ class Adversarial(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, encoder: Encoder, batch: Batch) -> Batch:
+        return put(batch, self.index, self.moved(encoder, batch))
+
+    def moved(self, encoder: Encoder, batch: Batch) -> Tensor:
+        """The images that take the view's place."""
         images, others = take(batch, self.index)
         model = attacked(encoder, self.batchnorm)
         with torch.no_grad(), frozen_statistics():
@@ -62,7 +66,7 @@ class Adversarial(nn.Module):
         loss = Watched(lambda x: against(model(x)))
         keys = image_keys(self.seed, self.calls // self.accumulation, batch.index)
         self.calls += 1
-        return put(batch, self.index, loss.or_nan(self.attack(loss, images, keys)))
+        return loss.or_nan(self.attack(loss, images, keys))
 
 
 __all__ = ["Adversarial", "adversarial"]
