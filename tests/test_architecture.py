@@ -25,7 +25,7 @@ LAYERS = [
     {"views"},
     {"step"},
     {"gradient_cache", "checkpoint"},
-    {"nonfinite"},
+    {"nonfinite", "cuda_graph"},
     {"engine", "evaluation", "plots", "export", "inherited", "cli", "benchmarks", "doctor"},
 ]
 "A part may import its own layer's data and models, and any layer before it."
