@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fasttrain_kernels.batchnorm.functions import BatchNorm, Total, laid_out_like
+from fasttrain_kernels.batchnorm.channels import Running, Total
+from fasttrain_kernels.batchnorm.functions import BatchNorm, laid_out_like
 from fasttrain_kernels.batchnorm.reference import batch_norm_reference
 from fasttrain_kernels.trial import triton_passes
 
@@ -23,6 +24,7 @@ def batch_norm(
     *,
     relu: bool = False,
     eps: float = 1e-5,
+    running: Running | None = None,
     total: Total | None = None,
     impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +41,7 @@ def batch_norm(
         x: [n, C, ...]; n may differ between ranks and be 0 on some.
         weight, bias: [C] or ``None`` (1 and 0).
         residual: of the shape and dtype of x, or ``None``.
+        running: statistics to be updated with this batch's, or ``None``.
         total: the sum of a tensor over the ranks; ``None``: there is one. Called on every rank once in the forward
             pass, once in the backward, once in the backward's backward, with a few numbers a channel.
         impl: "cpu" (numba; rows of channels: channels-last or [M, C]), "triton" (CUDA, the same layouts), "native"
@@ -54,9 +57,12 @@ def batch_norm(
     """
     _check(x, weight, bias, residual, total)
     if impl == "reference" or (impl == "auto" and x.device.type not in ("cpu", "cuda")):
-        return batch_norm_reference(x, weight, bias, residual, relu, eps, total)
+        y, mean, unbiased = batch_norm_reference(x, weight, bias, residual, relu, eps, total)
+        if running is not None:
+            running.update(mean, unbiased)
+        return y, mean, unbiased
     residual = None if residual is None else laid_out_like(residual, x)
-    return BatchNorm.apply(x, weight, bias, residual, relu, eps, total, _passes(x, impl))
+    return BatchNorm.apply(x, weight, bias, residual, relu, eps, running, total, _passes(x, impl))
 
 
 def _passes(x: Tensor, impl: Implementation) -> ModuleType:
@@ -107,4 +113,4 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
         )
 
 
-__all__ = ["batch_norm"]
+__all__ = ["Running", "batch_norm"]
