@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -72,7 +73,11 @@ def _passes(x: Tensor, impl: Implementation) -> ModuleType:
         return native
     if impl == "cpu" or (impl == "auto" and x.device.type == "cpu"):
         from fasttrain_kernels.batchnorm import cpu as kernels
-    elif impl == "triton" or (impl == "auto" and triton_passes("BatchNorm", _trial)):
+    elif impl == "triton" or (
+        impl == "auto"
+        and x.dtype != torch.float64
+        and triton_passes(f"BatchNorm of {x.dtype}", partial(_trial, dtype=x.dtype))
+    ):
         from fasttrain_kernels.batchnorm import triton as kernels
     elif impl == "auto":
         return native
@@ -88,15 +93,23 @@ def _passes(x: Tensor, impl: Implementation) -> ModuleType:
     )
 
 
-def _trial(impl: Implementation, device: str = "cuda") -> tuple[Tensor, ...]:
-    """y, the gradient by x, and that of its squared norm."""
+def _trial(impl: Implementation, device: str = "cuda", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Of both gates, one with a sum over ranks: y, running statistics, the gradients, those of x's squared norm.
+
+    At a size of several programs and blocks of channels.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    x, residual, upstream = torch.randn(3, 4, 24, 5, 5, device=device, generator=generator)
-    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
-    x.requires_grad_()
-    y, *_ = batch_norm(x, residual=residual, relu=True, impl=impl)
-    (first,) = torch.autograd.grad(y, x, upstream, create_graph=True)
-    return y, first, *torch.autograd.grad(first.square().sum(), x)
+    x, upstream, added = torch.randn(3, 6, 72, 5, 5, device=device, generator=generator).to(dtype)
+    x, upstream, added = (t.contiguous(memory_format=torch.channels_last) for t in (x, upstream, added))
+    weight, bias, mean, variance = torch.randn(4, 72, device=device, generator=generator)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    found = []
+    for residual, total in ((added, None), (None, torch.clone)):
+        running = Running(mean.clone(), variance.clone(), torch.zeros((), dtype=torch.long, device=device), 0.1)
+        y, *_ = batch_norm(*inputs, residual, relu=True, running=running, total=total, impl=impl)
+        first = torch.autograd.grad(y, inputs, upstream, create_graph=True)
+        found += [y, *running[:3], *first, *torch.autograd.grad(first[0].square().sum(), inputs[:2])]
+    return tuple(found)
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, total: Total | None) -> None:

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttrain_kernels.batchnorm import triton_channels as channels
+from fasttrain_kernels.batchnorm import triton_channels
 
+channels = triton_channels
 ROWS, CHANNELS = 32, 64
 "A program's tile."
 PROGRAMS = 1024

@@ -1,8 +1,9 @@
-"""The numbers a channel between BatchNorm's passes on a GPU: ``channels`` in a kernel each, two around a sum over ranks.
+"""The numbers a channel between BatchNorm's passes on a GPU: ``channels``, in one kernel each.
 
-A launch costs the host as much as a pass costs the GPU, so all that lies between two passes is one. Each begins with
-the sums of the pass's programs, added in float64 and always in the same order; the numbers made of them are computed in
-float64 too, and kept in float32. Nothing here depends on the host: the launches may be recorded and replayed.
+Across ranks it is two, the numbers to be summed out of the one, what follows from the sums out of the other. Each
+begins with the sums of a pass's programs, added in float64 and always in the same order; the numbers made of them are
+computed in float64 too, and kept in float32. Nothing here depends on the host: the launches may be recorded and
+replayed.
 """
 
 from __future__ import annotations
