@@ -13,7 +13,7 @@ from fasttrain.step import Term, TrainStep
 from fasttrain_kernels.batchnorm import batch_norm
 from tests.launches import Watch, as_on_a_gpu
 
-pytest.importorskip("triton")
+passes = pytest.importorskip("fasttrain_kernels.batchnorm.triton")
 
 
 def images(*shape: int) -> Tensor:
@@ -35,6 +35,23 @@ def test_launches_of_batchnorm(total, launches: int, residual: Tensor | None) ->
         torch.autograd.grad(first, inputs[:2], [t.detach() for t in first])
         counted.append(watch.total)
     assert counted == [launches, 2 * launches, 3 * launches] and not watch.waits, watch.launches
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "least"),
+    [(1024 * 32**2, 64, 900), (1024 * 4**2, 512, 900), (256 * 7**2, 2048, 900), (512, 2048, 512), (9, 8, 1), (0, 8, 0)],
+)
+def test_a_sum_is_split_over_a_whole_gpu(rows: int, channels: int, least: int) -> None:
+    """ResNet-18's first and last stage, ResNet-50's last, a head; every tile of rows is in one stretch."""
+    grids = []
+
+    def launch(grid: tuple[int, int], sums: Tensor, rows: int, columns: int, stretch: int, *tile: int) -> None:
+        grids.append(grid[0] * grid[1])
+        assert (grid[0] - 1) * stretch * tile[0] < rows <= grid[0] * stretch * tile[0]
+        assert (grid[1] - 1) * tile[1] < columns <= grid[1] * tile[1]
+
+    passes._summed(2, torch.empty(rows, channels, device="meta"), launch)
+    assert least <= sum(grids) <= 1024
 
 
 @pytest.mark.parametrize(("momentum", "launches"), [(0.1, 3), (None, 4)])

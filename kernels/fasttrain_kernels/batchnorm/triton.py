@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttrain_kernels.batchnorm import triton_channels
+from fasttrain_kernels.batchnorm.triton_channels import quotient
 
 channels = triton_channels
 ROWS, CHANNELS = 32, 64
@@ -70,15 +71,15 @@ def _shape(x: Tensor) -> tuple[int, int]:
 
 def _tiles(x: Tensor) -> tuple[int, int]:
     rows, columns = _shape(x)
-    return triton.cdiv(rows, ROWS), triton.cdiv(columns, CHANNELS)
+    return quotient(rows, ROWS), quotient(columns, CHANNELS)
 
 
 def _summed(terms: int, x: Tensor, launch) -> Tensor:
     """Sums [programs, terms, C] of the programs that ``launch(grid, sums, …)`` starts."""
     rows, columns = _shape(x)
     tiles, blocks = _tiles(x)
-    stretch = triton.cdiv(tiles * blocks, PROGRAMS)
-    programs = triton.cdiv(tiles, max(stretch, 1))
+    stretch = quotient(tiles * blocks, PROGRAMS)
+    programs = quotient(tiles, max(stretch, 1))
     sums = torch.empty(programs, terms, columns, dtype=torch.float32, device=x.device)
     if programs:
         launch((programs, blocks), sums, rows, columns, stretch, ROWS, CHANNELS)
