@@ -147,6 +147,16 @@ def test_statistics_do_not_lose_digits_to_the_mean(impl: str) -> None:
     assert y.double().var((0, 2, 3), unbiased=False) == pytest.approx(torch.ones(7).double(), abs=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["reference", "native", "cpu", TRITON])
+def test_what_is_not_a_number_stays_so_in_its_channel(impl: str) -> None:
+    x = arguments((5, 20, 7, 3), False)[0].float()
+    x[2, 7, 1, 1] = torch.nan
+    y, mean, variance = (t.cpu().isnan() for t in batch_norm(x.to(device_of(impl)), impl=impl))
+    of_channel = torch.arange(20) == 7
+    assert torch.equal(y, of_channel.view(-1, 1, 1).expand_as(y))
+    assert torch.equal(mean, of_channel) and torch.equal(variance, of_channel)
+
+
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("impl", ["reference", "native", "cpu", TRITON])
 def test_running_statistics_are_torchs(impl: str, momentum: float | None) -> None:

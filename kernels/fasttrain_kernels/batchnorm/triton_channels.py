@@ -147,20 +147,23 @@ def _added(sums, c, programs, columns, TERMS: tl.constexpr, DEPTH: tl.constexpr,
 
 
 @triton.jit
+def _at_least_0(values):
+    """NaN stays, which ``tl.maximum`` would hide."""
+    return tl.where(values < 0.0, 0.0, values)
+
+
+@triton.jit
 def _moments(sums, x, rows, c, programs, columns, DEPTH: tl.constexpr, WIDTH: tl.constexpr):
     """μ and Σ (x − μ)² of this rank, and its number of values; 0 where there are none."""
     count = tl.zeros([WIDTH], tl.float64) + rows
     total, squares, _ = _added(sums, c, programs, columns, 2, DEPTH, WIDTH)
     offset = total / tl.maximum(count, 1.0)
     origin = tl.load(x + c, mask=c < columns * tl.minimum(rows, 1), other=0.0).to(tl.float64)
-    return origin + offset, tl.maximum(squares - total * offset, 0.0), count
+    return origin + offset, _at_least_0(squares - total * offset), count
 
 
 @triton.jit
-def _share_statistics(
-    sums, x, rows, programs, columns, joined,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _share_statistics(sums, x, rows, programs, columns, joined, DEPTH: tl.constexpr, WIDTH: tl.constexpr):
     c = _own(WIDTH)
     mean, squares, count = _moments(sums, x, rows, c, programs, columns, DEPTH, WIDTH)
     _put(joined, 0, c, columns, count * mean)
@@ -179,7 +182,7 @@ def _finish_statistics(
     else:
         count = _get(joined, 2, c, columns)
         mean = _get(joined, 0, c, columns) / count
-        squares = tl.maximum(_get(joined, 1, c, columns) - count * mean * mean, 0.0)
+        squares = _at_least_0(_get(joined, 1, c, columns) - count * mean * mean)
     inv_std = 1.0 / tl.sqrt(squares / count + eps)
     unbiased = squares / tl.maximum(count - 1.0, 1.0)
     _put(made, 0, c, columns, mean)
@@ -205,10 +208,7 @@ def _finish_statistics(
 
 
 @triton.jit
-def _share_gradient(
-    sums, weight, inv_std, kept, joined, programs, columns,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _share_gradient(sums, weight, inv_std, kept, joined, programs, columns, DEPTH: tl.constexpr, WIDTH: tl.constexpr):
     c = _own(WIDTH)
     sum_h, sum_hx, _ = _added(sums, c, programs, columns, 2, DEPTH, WIDTH)
     sum_hx *= _get(inv_std, 0, c, columns)
@@ -247,9 +247,8 @@ def _finish_gradient(
 
 @triton.jit
 def _share_second(
-    sums, v, weight, inv_std, kept, sum_uh, joined, programs, columns,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    sums, v, weight, inv_std, kept, sum_uh, joined, programs, columns, DEPTH: tl.constexpr, WIDTH: tl.constexpr
+):
     c = _own(WIDTH)
     on_1, on_x, on_h = _added(sums, c, programs, columns, 3, DEPTH, WIDTH)
     _put(sum_uh, 0, c, columns, on_h)

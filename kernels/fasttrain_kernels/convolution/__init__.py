@@ -45,8 +45,8 @@ def convolution(
 
 
 def _is_to_be_last(weight: Tensor, x: Tensor) -> bool:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return _is_cudnns(x) and last and not weight.is_contiguous(memory_format=torch.channels_last)
+    last = {"memory_format": torch.channels_last}
+    return _is_cudnns(x) and x.dim() == 4 and x.is_contiguous(**last) and not weight.is_contiguous(**last)
 
 
 def _is_cudnns(x: Tensor) -> bool:
