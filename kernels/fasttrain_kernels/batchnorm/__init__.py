@@ -108,7 +108,8 @@ def _trial(impl: Implementation, device: str = "cuda", dtype: torch.dtype = torc
         running = Running(mean.clone(), variance.clone(), torch.zeros((), dtype=torch.long, device=device), 0.1)
         y, *_ = batch_norm(*inputs, residual, relu=True, running=running, total=total, impl=impl)
         first = torch.autograd.grad(y, inputs, upstream, create_graph=True)
-        found += [y, *running[:3], *first, *torch.autograd.grad(first[0].square().sum(), inputs[:2])]
+        second = torch.autograd.grad(first[0].square().sum(), inputs[:2])
+        found += [y, *(t.float() for t in running[:3]), *first, *second]
     return tuple(found)
 
 
