@@ -76,7 +76,7 @@ def as_on_a_gpu() -> Iterator[Watch]:
     from triton.runtime.jit import JITFunction
 
     from fasttrain.models import frozen
-    from fasttrain_kernels import apgd, batchnorm, ntxent
+    from fasttrain_kernels import apgd, batchnorm, convolution, ntxent
     from fasttrain_kernels.apgd.triton import apgd_step_triton
     from fasttrain_kernels.batchnorm import triton as batchnorm_passes
 
@@ -88,6 +88,7 @@ def as_on_a_gpu() -> Iterator[Watch]:
     with (
         mock.patch.object(JITFunction, "run", noted),
         mock.patch.object(batchnorm, "_passes", lambda x, impl: batchnorm_passes),
+        mock.patch.object(convolution, "_is_cudnns", lambda x: True),
         mock.patch.object(ntxent, "_resolve", lambda impl, z, columns: "triton"),
         mock.patch.object(apgd, "_implementation", lambda *_: apgd_step_triton),
         mock.patch.object(frozen, "_fuses", lambda dtype: False),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fasttrain import distributed
 from fasttrain.models import BatchNorm2d, Encoder, ModelConfig
-from fasttrain_kernels.batchnorm import batch_norm
+from fasttrain_kernels.batchnorm import Running, batch_norm
 from tests.ranks import run_ranks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -147,6 +147,30 @@ def test_statistics_do_not_lose_digits_to_the_mean(impl: str) -> None:
     assert y.double().var((0, 2, 3), unbiased=False) == pytest.approx(torch.ones(7).double(), abs=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["reference", "native", "cpu", TRITON])
+def test_what_is_not_a_number_stays_so_in_its_channel(impl: str) -> None:
+    x = arguments((5, 20, 7, 3), False)[0].float()
+    x[2, 7, 1, 1] = torch.nan
+    y, mean, variance = (t.cpu().isnan() for t in batch_norm(x.to(device_of(impl)), impl=impl))
+    of_channel = torch.arange(20) == 7
+    assert torch.equal(y, of_channel.view(-1, 1, 1).expand_as(y))
+    assert torch.equal(mean, of_channel) and torch.equal(variance, of_channel)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("impl", ["reference", "native", "cpu", TRITON])
+def test_running_statistics_are_torchs(impl: str, momentum: float | None) -> None:
+    theirs = nn.BatchNorm2d(20, momentum=momentum).double()
+    state = (t.to(device_of(impl)) for t in (torch.zeros(20), torch.ones(20), torch.tensor(0)))
+    running = Running(*state, momentum)
+    for batch in range(3):
+        x = (batch + 1) * arguments((5, 20, 7, 3), False)[0]
+        theirs(x)
+        batch_norm(x.to(device_of(impl), torch.float32), running=running, impl=impl)
+    for ours, exact in zip(running[:3], theirs.buffers(), strict=True):
+        torch.testing.assert_close(ours.cpu(), exact.to(ours.dtype), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("impl", ["native", "cpu", TRITON])
 def test_only_what_is_asked_for_has_a_gradient(impl: str) -> None:
     """The image gradient of a penalty alone; parameters alone; a frozen residual; an expanded upstream gradient."""
@@ -180,13 +204,16 @@ def test_no_third_derivative_is_made_up() -> None:
 SHARES = {"uneven": [1, 6], "one empty": [0, 7]}
 
 
-def joined(dtype: torch.dtype, sizes: list[int]) -> list[Tensor]:
-    """This rank's share of :func:`passes`, with parameters' gradients summed over ranks."""
+def joined(dtype: torch.dtype, sizes: list[int], impl: str = "auto") -> list[Tensor]:
+    """This rank's share of :func:`passes`, with parameters' gradients summed over ranks, and running statistics."""
     given = arguments((7, 20, 6, 6), True)
     mine = [t.split(sizes)[distributed.rank()] if t.dim() == 4 else t for t in given]
 
+    running = Running(torch.zeros(20, dtype=dtype), torch.ones(20, dtype=dtype), torch.tensor(1), 0.3)
+
     def ours(*a: Tensor) -> Tensor:
-        return batch_norm(*a, relu=True, eps=EPS, total=distributed.all_reduce)[0]
+        options = {"relu": True, "eps": EPS, "running": running, "total": distributed.all_reduce, "impl": impl}
+        return batch_norm(*a, **options)[0]
 
     given = [laid_out(t, True).to(dtype) if t.dim() == 4 else t.to(dtype) for t in mine]
     inputs = [t.requires_grad_() for t in given[:4]]
@@ -195,17 +222,20 @@ def joined(dtype: torch.dtype, sizes: list[int]) -> list[Tensor]:
     score = (y * given[5]).sum() + (first[0] * given[6]).sum() + (first[3] * given[7]).sum()
     second = torch.autograd.grad(score, inputs)
     images = [t.detach() for t in (y, first[0], first[3], second[0], second[3])]
-    return images + [distributed.all_reduce(t.detach()) for t in (*first[1:3], *second[1:3])]
+    return images + [distributed.all_reduce(t.detach()) for t in (*first[1:3], *second[1:3])] + list(running[:3])
 
 
-def on_ranks() -> dict[tuple[str, str], list[Tensor]]:
-    types = (torch.float32, torch.double)
-    return {(share, str(dtype)): joined(dtype, sizes) for share, sizes in SHARES.items() for dtype in types}
+def on_ranks(impl: str) -> dict[tuple[str, str], list[Tensor]]:
+    types = (torch.float32,) if impl == "triton" else (torch.float32, torch.double)
+    return {(share, str(dtype)): joined(dtype, sizes, impl) for share, sizes in SHARES.items() for dtype in types}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="CPU kernels; the same functions run the GPU's")
-def test_two_ranks_are_one_process() -> None:
-    ranks = run_ranks(2, on_ranks)
+INTERPRETER = pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"))
+
+
+@pytest.mark.parametrize("impl", ["native", "cpu", INTERPRETER])
+def test_two_ranks_are_one_process(impl: str) -> None:
+    ranks = run_ranks(2, on_ranks, impl)
     whole = joined(torch.double, [7])
     for (share, dtype), values in ((key, value) for found in ranks for key, value in found.items()):
         tolerance = 1e-12 if dtype == str(torch.double) else 1e-5
@@ -213,7 +243,7 @@ def test_two_ranks_are_one_process() -> None:
         for position, (ours, exact) in enumerate(zip(values, whole, strict=True)):
             exact = exact.split(SHARES[share])[rank] if position < 5 else exact
             torch.testing.assert_close(
-                ours.double(), exact, rtol=tolerance, atol=tolerance * whole[position].abs().max()
+                ours.double(), exact.double(), rtol=tolerance, atol=tolerance * whole[position].abs().max()
             )
 
 

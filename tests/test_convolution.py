@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.models.convolution import Conv2d
+from fasttrain_kernels import convolution as kernel
 from fasttrain_kernels.convolution import convolution
 from fasttrain_kernels.wanted import wanted_gradients
 
@@ -94,17 +95,20 @@ def test_no_further_from_float64_than_torchs(case: str, dtype: torch.dtype, chan
 
 
 class Counted(TorchDispatchMode):
-    """What convolutions were asked for."""
+    """What convolutions were asked for, and whether their weights have channels last."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[str] = []
+        self.last: list[bool] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.convolution.default:
             self.asked.append("y")
+            self.last.append(args[1].is_contiguous(memory_format=torch.channels_last))
         if function is torch.ops.aten.convolution_backward.default:
             self.asked += [name for name, wanted in zip(("x", "weight", "bias"), args[-1], strict=True) if wanted]
+            self.last.append(args[2].is_contiguous(memory_format=torch.channels_last))
         return function(*args, **(kwargs or {}))
 
 
@@ -135,6 +139,20 @@ def test_each_pass_computes_what_was_asked_for_and_no_more() -> None:
     with Counted() as counted:
         torch.autograd.grad(_ours(x, weight, padding=1).sum(), weight)
     assert counted.asked == ["y", "weight"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_weight_is_laid_out_as_cudnn_wants_it_once(monkeypatch, autocast: bool) -> None:
+    """Where ZeRO keeps weights contiguous and images have channels last."""
+    monkeypatch.setattr(kernel, "_is_cudnns", lambda x: True)
+    x, weight, _ = _tensors("3x3", torch.float32, channels_last=True)
+    weight = weight.detach().contiguous().requires_grad_()
+    with Counted() as counted, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = _ours(x, weight, padding=1)
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+    assert counted.last == [True] * len(counted.last) and len(counted.last) == 5
+    assert weight.grad.is_contiguous() and weight.grad.dtype == torch.float32
 
 
 SEEN: list[tuple[bool, ...]] = []

@@ -78,6 +78,21 @@ def test_batchnorm(compiled, dtype):
             passes.second(x, x, x, q, y, by)
 
 
+@pytest.mark.parametrize("total", [None, torch.clone])
+def test_batchnorm_s_numbers_a_channel(compiled, total):
+    from fasttrain_kernels.batchnorm import Running
+    from fasttrain_kernels.batchnorm import triton_channels as channels
+
+    x, row, sums = torch.zeros(5, 24, dtype=torch.bfloat16), torch.zeros(24), torch.zeros(3, 2, 24)
+    for weight, momentum, gates in ((None, 0.1, False), (row, None, True), (row.bfloat16(), 0.1, True)):
+        running = Running(torch.zeros(24), torch.zeros(24), torch.tensor(1), momentum)
+        _, gate, inv_std, _, count = channels.statistics(sums, x, weight, weight, gates, 1e-5, running, total)
+    for weight in (None, row):
+        kept = channels.gradient(sums, weight, gate, inv_std, count, total)[1:]
+        channels.second(torch.zeros(3, 3, 24), weight, weight, weight, gate, inv_std, kept, count, total)
+    channels.statistics(sums, x, None, None, True, 1e-5, None, total)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_apgd_step(compiled, norm):
     from fasttrain_kernels.apgd.reference import State

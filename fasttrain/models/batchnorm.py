@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain.distributed import all_reduce
-from fasttrain_kernels.batchnorm import batch_norm
+from fasttrain_kernels.batchnorm import Running, batch_norm
 
 
 class _Frozen(threading.local):
@@ -47,19 +47,18 @@ class _CrossRank:
         self._check_input_dim(x)
         use_batch = self.training or self.running_mean is None
         update = self.training and self.running_mean is not None and not _frozen.depth
+        across = self.training and self.sync and dist.is_initialized() and dist.get_world_size() > 1
+        if across or (use_batch and x.dtype != torch.float64 and not x.is_meta):
+            total = all_reduce if across else None
+            state = self.running_mean, self.running_var, self.num_batches_tracked
+            running = Running(*state, self.momentum) if update else None
+            options = {"relu": relu, "eps": self.eps, "running": running, "total": total}
+            return batch_norm(x, self.weight, self.bias, residual, **options)[0]
         momentum = self.momentum or 0.0
         if update:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # torch's convention: a cumulative average
                 momentum = 1.0 / float(self.num_batches_tracked)
-        across = self.training and self.sync and dist.is_initialized() and dist.get_world_size() > 1
-        if across or (use_batch and x.dtype != torch.float64 and not x.is_meta):
-            total = all_reduce if across else None
-            y, mean, var = batch_norm(x, self.weight, self.bias, residual, relu=relu, eps=self.eps, total=total)
-            if update:
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
-            return y
         running = self.running_mean, self.running_var
         if use_batch and not update and self.running_mean is not None:
             running = self.running_mean.clone(), self.running_var.clone()  # to be written to and thrown away

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fasttrain_kernels.batchnorm.functions import BatchNorm, Total, laid_out_like
+from fasttrain_kernels.batchnorm.channels import Running, Total
+from fasttrain_kernels.batchnorm.functions import BatchNorm, laid_out_like
 from fasttrain_kernels.batchnorm.reference import batch_norm_reference
 from fasttrain_kernels.trial import triton_passes
 
@@ -23,6 +25,7 @@ def batch_norm(
     *,
     relu: bool = False,
     eps: float = 1e-5,
+    running: Running | None = None,
     total: Total | None = None,
     impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +42,7 @@ def batch_norm(
         x: [n, C, ...]; n may differ between ranks and be 0 on some.
         weight, bias: [C] or ``None`` (1 and 0).
         residual: of the shape and dtype of x, or ``None``.
+        running: statistics to be updated with this batch's, or ``None``.
         total: the sum of a tensor over the ranks; ``None``: there is one. Called on every rank once in the forward
             pass, once in the backward, once in the backward's backward, with a few numbers a channel.
         impl: "cpu" (numba; rows of channels: channels-last or [M, C]), "triton" (CUDA, the same layouts), "native"
@@ -54,9 +58,12 @@ def batch_norm(
     """
     _check(x, weight, bias, residual, total)
     if impl == "reference" or (impl == "auto" and x.device.type not in ("cpu", "cuda")):
-        return batch_norm_reference(x, weight, bias, residual, relu, eps, total)
+        y, mean, unbiased = batch_norm_reference(x, weight, bias, residual, relu, eps, total)
+        if running is not None:
+            running.update(mean, unbiased)
+        return y, mean, unbiased
     residual = None if residual is None else laid_out_like(residual, x)
-    return BatchNorm.apply(x, weight, bias, residual, relu, eps, total, _passes(x, impl))
+    return BatchNorm.apply(x, weight, bias, residual, relu, eps, running, total, _passes(x, impl))
 
 
 def _passes(x: Tensor, impl: Implementation) -> ModuleType:
@@ -66,7 +73,11 @@ def _passes(x: Tensor, impl: Implementation) -> ModuleType:
         return native
     if impl == "cpu" or (impl == "auto" and x.device.type == "cpu"):
         from fasttrain_kernels.batchnorm import cpu as kernels
-    elif impl == "triton" or (impl == "auto" and triton_passes("BatchNorm", _trial)):
+    elif impl == "triton" or (
+        impl == "auto"
+        and x.dtype != torch.float64
+        and triton_passes(f"BatchNorm of {x.dtype}", partial(_trial, dtype=x.dtype))
+    ):
         from fasttrain_kernels.batchnorm import triton as kernels
     elif impl == "auto":
         return native
@@ -82,15 +93,24 @@ def _passes(x: Tensor, impl: Implementation) -> ModuleType:
     )
 
 
-def _trial(impl: Implementation, device: str = "cuda") -> tuple[Tensor, ...]:
-    """y, the gradient by x, and that of its squared norm."""
+def _trial(impl: Implementation, device: str = "cuda", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Of both gates, one with a sum over ranks: y, running statistics, the gradients, those of x's squared norm.
+
+    At a size of several programs and blocks of channels.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    x, residual, upstream = torch.randn(3, 4, 24, 5, 5, device=device, generator=generator)
-    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
-    x.requires_grad_()
-    y, *_ = batch_norm(x, residual=residual, relu=True, impl=impl)
-    (first,) = torch.autograd.grad(y, x, upstream, create_graph=True)
-    return y, first, *torch.autograd.grad(first.square().sum(), x)
+    x, upstream, added = torch.randn(3, 6, 72, 5, 5, device=device, generator=generator).to(dtype)
+    x, upstream, added = (t.contiguous(memory_format=torch.channels_last) for t in (x, upstream, added))
+    weight, bias, mean, variance = torch.randn(4, 72, device=device, generator=generator)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    found = []
+    for residual, total in ((added, None), (None, torch.clone)):
+        running = Running(mean.clone(), variance.clone(), torch.zeros((), dtype=torch.long, device=device), 0.1)
+        y, *_ = batch_norm(*inputs, residual, relu=True, running=running, total=total, impl=impl)
+        first = torch.autograd.grad(y, inputs, upstream, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), inputs[:2])
+        found += [y, *(t.float() for t in running[:3]), *first, *second]
+    return tuple(found)
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, total: Total | None) -> None:
@@ -107,4 +127,4 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
         )
 
 
-__all__ = ["batch_norm"]
+__all__ = ["Running", "batch_norm"]

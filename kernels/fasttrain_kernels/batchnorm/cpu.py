@@ -16,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from fasttrain_kernels.batchnorm import channels as channels
 from fasttrain_kernels.threads import in_slices
 
 BLOCK = 32
@@ -57,13 +58,12 @@ def normalise(x: Tensor, residual: Tensor | None, by: Tensor, relu: bool) -> Ten
     return y
 
 
-def gradient_sums(g: Tensor, x: Tensor, y: Tensor | None, by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gradient_sums(g: Tensor, x: Tensor, y: Tensor | None, by: Tensor) -> tuple[Tensor, Tensor]:
     gated = g if y is None else torch.empty_like(g)
     g_rows, rows, y_rows, coefficients = _rows(g), _rows(x), _rows(y), by.numpy()
     out_rows = None if y is None else _rows(gated)
     sums = _summed(2, rows, lambda *into: _gradient_sums(g_rows, rows, y_rows, out_rows, coefficients, *into))
-    sums = sums.to(by.dtype)
-    return sums[0], sums[1], gated
+    return sums.to(by.dtype), gated
 
 
 def gradient(g: Tensor, x: Tensor, by: Tensor) -> Tensor:

@@ -4,20 +4,23 @@ Of a tensor [n, C, ...], over its n images and pixels, in the statistics' precis
 
 - ``statistics(x)``: mean μ and Σ (x − μ)² [C].
 - ``normalise(x, residual, (μ, a, b), relu)``: y = a (x − μ) + b (+ residual), at least 0 with ``relu``.
-- ``gradient_sums(g, x, y, (μ, a, b))``: Σ h, Σ h (x − μ) and h, with the gated gradient h = g where y > 0, else 0;
-  without y the gate is a (x − μ) + b > 0 and the third value is g as it came.
+- ``gradient_sums(g, x, y, (μ, a, b))``: Σ h and Σ h (x − μ) [2, C], and h, with the gated gradient h = g where y > 0,
+  else 0; without y the gate is a (x − μ) + b > 0 and the second value is g as it came.
 - ``gradient(g, x, (μ, a, b, c₁, c₂, c₃))``: c₁ h + c₂ (x − μ) + c₃, gated by a and b.
 - ``second_sums(u, g, x, (μ, a, b))``: Σ u, Σ u (x − μ), Σ u h, gated by a and b.
 - ``second(u, g, x, q, y, (μ, a, b, c₁, …, c₇))``: c₁ u + c₂ (x − μ) + c₃ + q, gated, and c₄ u + c₅ h + c₆ (x − μ) + c₇;
   gated by y where there is one.
 
-A gate of a = 0, b = 1 is always open.
+A gate of a = 0, b = 1 is always open. Sums go to ``channels``, which makes of them the numbers of the next pass; what
+a pass sums may come in another form where the module names another ``channels``, as ``triton`` does.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fasttrain_kernels.batchnorm import channels as channels
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,10 +40,10 @@ def normalise(x: Tensor, residual: Tensor | None, by: Tensor, relu: bool) -> Ten
     return (y.relu_() if relu else y).to(x.dtype)
 
 
-def gradient_sums(g: Tensor, x: Tensor, y: Tensor | None, by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gradient_sums(g: Tensor, x: Tensor, y: Tensor | None, by: Tensor) -> tuple[Tensor, Tensor]:
     centred, closed = _gate(x, y, by)
     h = _wide(g).masked_fill(closed, 0)
-    return _sum(h), _sum(h * centred), g if y is None else h.to(g.dtype)
+    return torch.stack([_sum(h), _sum(h * centred)]), g if y is None else h.to(g.dtype)
 
 
 def gradient(g: Tensor, x: Tensor, by: Tensor) -> Tensor:

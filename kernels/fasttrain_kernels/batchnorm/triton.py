@@ -1,7 +1,7 @@
 """The passes of BatchNorm on a GPU where a row's channels lie together; ``native`` states what each computes.
 
-Sums go in two stages: each program adds its stretch of rows for its channels in float32, and PyTorch adds the programs'
-sums in float64, so that the result does not depend on the order in which programs run.
+Sums go in two stages: each program adds its stretch of rows for its channels in float32, and ``triton_channels`` adds
+the programs' sums in float64, so that the result does not depend on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasttrain_kernels.batchnorm import triton_channels
+from fasttrain_kernels.batchnorm.triton_channels import quotient
+
+channels = triton_channels
 ROWS, CHANNELS = 32, 64
 "A program's tile."
-STRETCH = 16
-"Tiles that a program of a sum goes through, more where that would make more than MOST programs a channel block."
-MOST = 1024
+PROGRAMS = 1024
+"About as many as a sum is given, each a stretch of tiles: what 132 multiprocessors run at once, 8 on each."
 
 
 def takes(x: Tensor) -> bool:
@@ -27,16 +30,8 @@ def takes(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.movedim(1, -1).is_contiguous()
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    rows, channels = _shape(x)
-    if not rows:
-        return x.new_zeros(2, channels, dtype=torch.float32).unbind()
-    # about a row of x, so that no digit is lost where the mean is far larger than the deviation
-    origin = x.movedim(1, -1).reshape(rows, channels)[0].float()
-    sums = _summed(2, x, lambda grid, *into: _powers[grid](x, origin, *into))
-    offset = sums[0] / rows
-    squares = (sums[1] - sums[0] * offset).clamp(min=0)
-    return (origin + offset).float(), squares.float()
+def statistics(x: Tensor) -> Tensor:
+    return _summed(2, x, lambda grid, *into: _powers[grid](x, *into))
 
 
 def normalise(x: Tensor, residual: Tensor | None, by: Tensor, relu: bool) -> Tensor:
@@ -46,10 +41,9 @@ def normalise(x: Tensor, residual: Tensor | None, by: Tensor, relu: bool) -> Ten
     return y
 
 
-def gradient_sums(g: Tensor, x: Tensor, y: Tensor | None, by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gradient_sums(g: Tensor, x: Tensor, y: Tensor | None, by: Tensor) -> tuple[Tensor, Tensor]:
     gated = g if y is None else torch.empty_like(g)
-    sums = _summed(2, x, lambda grid, *into: _gradient_sums[grid](g, x, y, gated, by, y is not None, *into))
-    return *sums.float(), gated
+    return _summed(2, x, lambda grid, *into: _gradient_sums[grid](g, x, y, gated, by, y is not None, *into)), gated
 
 
 def gradient(g: Tensor, x: Tensor, by: Tensor) -> Tensor:
@@ -59,8 +53,8 @@ def gradient(g: Tensor, x: Tensor, by: Tensor) -> Tensor:
     return g_x
 
 
-def second_sums(u: Tensor, g: Tensor, x: Tensor, by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_summed(3, x, lambda grid, *into: _second_sums[grid](u, g, x, by, *into)).float())
+def second_sums(u: Tensor, g: Tensor, x: Tensor, by: Tensor) -> Tensor:
+    return _summed(3, x, lambda grid, *into: _second_sums[grid](u, g, x, by, *into))
 
 
 def second(u: Tensor, g: Tensor, x: Tensor, q: Tensor | None, y: Tensor | None, by: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,20 +70,20 @@ def _shape(x: Tensor) -> tuple[int, int]:
 
 
 def _tiles(x: Tensor) -> tuple[int, int]:
-    rows, channels = _shape(x)
-    return triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS)
+    rows, columns = _shape(x)
+    return quotient(rows, ROWS), quotient(columns, CHANNELS)
 
 
 def _summed(terms: int, x: Tensor, launch) -> Tensor:
-    """Sums [terms, C] in float64 over the programs that ``launch(grid, sums, …)`` starts."""
-    rows, channels = _shape(x)
+    """Sums [programs, terms, C] of the programs that ``launch(grid, sums, …)`` starts."""
+    rows, columns = _shape(x)
     tiles, blocks = _tiles(x)
-    stretch = max(STRETCH, triton.cdiv(tiles, MOST))
-    programs = triton.cdiv(tiles, stretch)
-    sums = torch.empty(programs, terms, channels, device=x.device)
+    stretch = quotient(tiles * blocks, PROGRAMS)
+    programs = quotient(tiles, max(stretch, 1))
+    sums = torch.empty(programs, terms, columns, dtype=torch.float32, device=x.device)
     if programs:
-        launch((programs, blocks), sums, rows, channels, stretch, ROWS, CHANNELS)
-    return sums.sum(0, dtype=torch.float64)
+        launch((programs, blocks), sums, rows, columns, stretch, ROWS, CHANNELS)
+    return sums
 
 
 @triton.jit
@@ -117,13 +111,16 @@ def _where(rows, columns, row_block, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _powers(x, origin, sums, rows, columns, stretch, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _powers(x, sums, rows, columns, stretch, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Of x − x₀, with x₀ the first row, so that no digit is lost where the mean is far larger than the deviation."""
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    origin = tl.load(x + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros([HEIGHT, WIDTH], tl.float32)
     squares = tl.zeros([HEIGHT, WIDTH], tl.float32)
     program = tl.program_id(0)
     for block in range(program * stretch, (program + 1) * stretch):
         m, c, inside = _where(rows, columns, block, HEIGHT, WIDTH)
-        centred = tl.where(inside, _tile(x, m, c, columns, inside) - _by(origin, 0, c, columns), 0.0)
+        centred = tl.where(inside, _tile(x, m, c, columns, inside) - origin, 0.0)
         total += centred
         squares += centred * centred
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

@@ -24,21 +24,33 @@ def convolution(
     The kernels are PyTorch's own. What differs is the derivative of the derivative: PyTorch's finds the weight's
     gradient by a convolution with batch and channels exchanged, which takes three times a weight gradient's time, and
     in float32 with narrow channels-last layers has overrun memory; here it is a weight gradient like any other. And no
-    pass computes a gradient that nobody asked for.
+    pass computes a gradient that nobody asked for. On a GPU the weight is laid out as x is, once: cuDNN would do it
+    again in every pass.
 
     Args:
         x: [N, C_in, ...].
         weight: [C_out, C_in / groups, ...].
     """
-    kind = x.device.type
+    kind, dtype = x.device.type, weight.dtype
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, weight, bias))
+        dtype = torch.get_autocast_dtype(kind)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    weight = weight.to(dtype, memory_format=torch.channels_last if _is_to_be_last(weight, x) else torch.preserve_format)
     if kind == "cpu" and max(weight.shape[2:]) == 1 < max(stride) and not any(padding):
         # oneDNN's weight gradient of a strided 1x1 convolution overruns memory, or is wrong by half, where channels are
         # few and last (float32, AVX2); every stride-th pixel at stride 1 is the same convolution
         x = x[(..., *(slice(None, None, step) for step in stride))].clone()
         stride = (1,) * len(stride)
     return _Convolution.apply(x, weight, bias, _Geometry(stride, padding, dilation, groups))
+
+
+def _is_to_be_last(weight: Tensor, x: Tensor) -> bool:
+    last = {"memory_format": torch.channels_last}
+    return _is_cudnns(x) and x.dim() == 4 and x.is_contiguous(**last) and not weight.is_contiguous(**last)
+
+
+def _is_cudnns(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 class _Geometry(NamedTuple):
