@@ -31,6 +31,7 @@ SMALL = [
     "train.batch=8",
     "train.steps=6",
     "train.precision=fp32",
+    "train.device=cpu",
     "optimizer.warmup_epochs=0",
     "run.log_every=1",
     "loader.threads=1",
