@@ -256,8 +256,8 @@ class DaliSource:
     def _build(self, batch_size: int) -> Pipeline:
         decoding = dict(device="cpu", **DECODING)
         if self._gpu is not None:
-            # By default a share of each batch goes to the JPEG engines and the rest to another decoder, which may differ
-            # by a grey level: an image would depend on its place in the batch. At 1 the engines take all that they can.
+            # By default a share of each batch goes to the JPEG engines and the rest to another decoder, and an image
+            # could depend, by a grey level, on its place in the batch. At 1 the engines take all that they can.
             decoding |= dict(device="mixed", hw_decoder_load=1.0)
 
         def external(name: str, dtype: types.DALIDataType, ndim: int) -> DataNode:
