@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -85,10 +85,10 @@ def run_parts(config: GpuBenchConfig, rounds: int, tiny: bool, folder: Path, scr
         folder: of logs and results.
         script: launch/bench.py.
     """
-    parts = parts_of(rounds, tiny, folder, script)
     deadline = time.monotonic() + 60 * config.minutes
     ended: list[Ended] = []
-    with interruptible():
+    with interruptible(), tempfile.TemporaryDirectory() as pictures:
+        parts = parts_of(rounds, tiny, folder, script, Path(pictures))
         for name in config.parts:
             part, left = parts[name], deadline - time.monotonic()
             if part.lacking or left < LEAST:
@@ -98,8 +98,8 @@ def run_parts(config: GpuBenchConfig, rounds: int, tiny: bool, folder: Path, scr
             yield report(ended, parts, folder)
 
 
-def parts_of(rounds: int, tiny: bool, folder: Path, script: Path) -> dict[PartName, Part]:
-    """What each part runs."""
+def parts_of(rounds: int, tiny: bool, folder: Path, script: Path, pictures: Path) -> dict[PartName, Part]:
+    """What each part runs; ``pictures`` is where those for the loaders go."""
 
     def bench(task: str, *arguments: str, result: str = "") -> list[str]:
         common = [f"rounds={rounds}", f"output={folder / (result or task)}.json", *["quick=true"] * tiny]
@@ -108,19 +108,19 @@ def parts_of(rounds: int, tiny: bool, folder: Path, script: Path) -> dict[PartNa
     def truth(name: str, *sections: str) -> list[str]:
         return bench("truth", f"sections=[{','.join(sections)}]", result=name)
 
-    def pictures(side: int, count: int, height: int, width: int) -> list[str]:
+    def drawn(side: int, count: int, height: int, width: int) -> list[str]:
         sizes = map(str, (count, height, width))
-        return [sys.executable, "-m", "fasttrain.benchmarks.pictures", str(folder / f"pictures{side}"), *sizes]
+        return [sys.executable, "-m", "fasttrain.benchmarks.pictures", str(pictures / str(side)), *sizes]
 
     def loader(side: int, *arguments: str) -> list[str]:
-        root = f"data.root={folder / f'pictures{side}'}"
-        return bench("loader", root, *arguments, *([] if tiny else ["batches=16"]), result=f"loader{side}")
+        given = [f"data.root={pictures / str(side)}", *arguments, *([] if tiny else ["batches=16"])]
+        return bench("loader", *given, result=f"loader{side}")
 
     cifar = ["augment.size=32", "augment.jitter=0.5", "augment.blur=0", *([] if tiny else ["batch=512"])]
     loaders = [
-        pictures(224, 16 if tiny else 2048, 393, 464),
+        drawn(224, 16 if tiny else 2048, 393, 464),
         loader(224),
-        pictures(32, 16 if tiny else 8192, 32, 32),
+        drawn(32, 16 if tiny else 8192, 32, 32),
         loader(32, *cifar),
     ]
     recipe = HOME / "configs/pretrain/simclr_cifar10.yaml"
@@ -183,7 +183,8 @@ def run(command: list[str], seconds: float, tell: Callable[[str], None]) -> int 
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
-    timer = threading.Timer(max(seconds, 0), end, [process])
+    cut = threading.Event()
+    timer = threading.Timer(max(seconds, 0), lambda: (cut.set(), end(process)))
     timer.start()
     try:
         for line in process.stdout:
@@ -193,10 +194,10 @@ def run(command: list[str], seconds: float, tell: Callable[[str], None]) -> int 
         end(process)
         raise
     finally:
-        in_time = timer.is_alive()
         timer.cancel()
+        timer.join()
         process.stdout.close()
-    return code if in_time else None
+    return None if cut.is_set() else code
 
 
 def end(process: subprocess.Popen) -> None:
@@ -239,7 +240,7 @@ def report(ended: list[Ended], parts: Mapping[PartName, Part], folder: Path) -> 
     for part in ended:
         for result in parts[part.name].results if part.passed is not None else ():
             rows += [{"part": part.name, **row} for row in _rows(folder / f"{result}.json")]
-            lines += ["", _below(folder / f"{result}.md")]
+            lines += ["", f"## {result.capitalize()}", "", _table(folder / f"{result}.md")]
     passed = all(part.passed is not False for part in ended)
     return Report("\n".join(lines).rstrip(), rows, {}, "", passed)
 
@@ -248,10 +249,9 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"] if file.exists() else []
 
 
-def _below(table: Path) -> str:
-    """Its Markdown, under a heading of ours."""
-    text = table.read_text() if table.exists() else ""
-    return re.sub("^#", "##", text, flags=re.MULTILINE).rstrip()
+def _table(file: Path) -> str:
+    """Its Markdown without title, command and versions."""
+    return file.read_text().split("\n\n", 3)[-1].rstrip() if file.exists() else "nothing was found"
 
 
 def _say(line: str) -> None:

@@ -49,7 +49,7 @@ class Record:
         print(self._text(reports, complete=True), flush=True)
         self._write(reports, complete=True)
         for task, report in reports.items():
-            if report.bars:
+            if report.unit:
                 write_output(self._places[task], bars(report.bars, report.unit), ELSEWHERE)
 
     def _text(self, reports: Mapping[str, Report], complete: bool) -> str:

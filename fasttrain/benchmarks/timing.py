@@ -25,7 +25,7 @@ class Report(NamedTuple):
     text: str  # Markdown
     rows: list[dict[str, Any]]  # the same with every round, for the JSON file
     bars: dict[str, float]  # name -> length, for the chart
-    unit: str  # of the bars
+    unit: str  # of the bars; without one there is no chart
     passed: bool = True  # False where something was found wrong, not only slow
 
 

@@ -79,7 +79,8 @@ def _report(found: list[tuple[Section, Row]]) -> Report:
         lines += [f"### {name.capitalize()}\n", *(f"- {row.line()}" for section, row in found if section == name), ""]
     rows = [{"section": name} | row.numbers() for name, row in found]
     rates = {row.name: row.data["views_per_second"] for name, row in found if name == "steps" and row.data}
-    return Report("\n".join(lines).rstrip(), rows, rates, "views/s", all(row.passed is not False for _, row in found))
+    passed = all(row.passed is not False for _, row in found)
+    return Report("\n".join(lines).rstrip(), rows, rates, "views/s" if rates else "", passed)
 
 
 __all__ = ["Section", "TruthConfig", "tell_truth"]
