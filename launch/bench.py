@@ -42,6 +42,7 @@ from fasttrain.benchmarks.truth import TruthConfig, tell_truth
 from fasttrain.config import Config, PathText, Where
 from fasttrain.errors import UsageError
 from fasttrain.printable import printable
+from fasttrain.run import RunConfig
 from fasttrain_kernels.heap import keep_heap
 
 import torch
@@ -88,7 +89,7 @@ class AllBench(BenchConfig):
 
 
 class TrainBench(BenchConfig, PretrainConfig):
-    """What is trained, as launch/pretrain.py takes it: a run's own YAML file will do."""
+    """What is trained, as launch/pretrain.py takes it: a run's own YAML file will do, of whose ``run`` the seed is read."""
 
     window: int | None = Field(None, ge=1)
     "optimiser steps of a round; null: 3 on a CPU, 30 on a GPU"
@@ -97,6 +98,10 @@ class TrainBench(BenchConfig, PretrainConfig):
         "evaluate": Where("task", ("pretrain",), "nothing is evaluated here"),
         "export": Where("task", ("pretrain",), "nothing is exported here"),
     }
+
+    def doubts(self) -> list[str]:
+        others = self.run != RunConfig(seed=self.run.seed)
+        return ["run: of it the seed alone is read here"] if others else []
 
 
 class TruthBench(BenchConfig, TruthConfig):

@@ -238,7 +238,7 @@ def report(ended: list[Ended], parts: Mapping[PartName, Part], folder: Path) -> 
             lines += ["", f"{part.name} {part.status}; its last lines:", "", *(f"    {line}" for line in part.last)]
     rows = [part._asdict() for part in ended]
     for part in ended:
-        for result in parts[part.name].results if part.passed is not None else ():
+        for result in parts[part.name].results if part.seconds else ():
             rows += [{"part": part.name, **row} for row in _rows(folder / f"{result}.json")]
             lines += ["", f"## {result.capitalize()}", "", _table(folder / f"{result}.md")]
     passed = all(part.passed is not False for part in ended)

@@ -40,7 +40,7 @@ class Profiler:
         self._profiler.stop()
         events = self._profiler.events() or []
         if self._gpu:
-            events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+            events = [event for event in events if _ran_on_gpu(event)]
         else:
             events = [event for event in events if _is_operation(event) and not _is_operation(event.cpu_parent)]
         spans = [(event.name, event.time_range.start, event.time_range.end) for event in events]
@@ -65,6 +65,11 @@ def of_spans(spans: Iterable[tuple[str, float, float]], steps: int) -> Profile:
         sum(taken for name, taken in seconds.items() if any(part in name for part in LAYOUT)),
         [(name[:100], taken, times[name] / steps) for name, taken in seconds.most_common(HEAVIEST)],
     )
+
+
+def _ran_on_gpu(event: Any) -> bool:
+    """A kernel or a copy, and not the span of several that a name was given to."""
+    return event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
 
 
 def _is_operation(event: Any) -> bool:
