@@ -89,7 +89,7 @@ class AllBench(BenchConfig):
 
 
 class TrainBench(BenchConfig, PretrainConfig):
-    """What is trained, as launch/pretrain.py takes it: a run's own YAML file will do, of whose ``run`` the seed is read."""
+    """What is trained, as launch/pretrain.py takes it: a run's own YAML file will do."""
 
     window: int | None = Field(None, ge=1)
     "optimiser steps of a round; null: 3 on a CPU, 30 on a GPU"

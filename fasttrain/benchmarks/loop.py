@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,10 +37,22 @@ class LoopConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-class _Silent(Run):
-    """It reports to its file alone."""
+class Ran(NamedTuple):
+    """What a run of the loop reported."""
 
-    def say(self, line: str) -> None: ...
+    metrics: list[dict[str, float]]
+    said: list[str]
+
+
+class _Silent(Run):
+    """It reports to its file alone, and keeps what it would say."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.said: list[str] = []
+        super().__init__(config)
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
 
 class Enough(Exception):
@@ -94,7 +106,7 @@ class Watched:
 
 def run_loop(
     module: TrainStep, config: Any, loader: Loader, script: Script, device: torch.device, log_every: int = 2**31
-) -> list[dict[str, float]]:
+) -> Ran:
     """``engine.fit`` as a training script calls it, in a folder of its own, until ``script`` ends; what it reported.
 
     The loader is left open. ``module`` is trained, and DeepSpeed leaves hooks on it: give a copy.
@@ -106,7 +118,7 @@ def run_loop(
     with tempfile.TemporaryDirectory() as folder:
         with _Silent(RunConfig(dir=folder, log_every=log_every)) as run, suppress(Enough):
             engine.fit(module, config, STEADY, watched, "a benchmark", run, device)
-        found = read_metrics(Path(folder) / "metrics.jsonl")
+        found = Ran(read_metrics(Path(folder) / "metrics.jsonl"), run.said)
     gc.collect()  # DeepSpeed's engine refers to itself
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -119,4 +131,4 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-__all__ = ["Enough", "LoopConfig", "Repeated", "Script", "Watched", "run_loop", "wait_for"]
+__all__ = ["Enough", "LoopConfig", "Ran", "Repeated", "Script", "Watched", "run_loop", "wait_for"]

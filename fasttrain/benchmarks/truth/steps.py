@@ -69,10 +69,12 @@ def measure(made: Made, device: torch.device, rounds: int) -> dict[str, Any]:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    run_loop(made.module, made.config, Repeated(made.batch), script, device)
+    ran = run_loop(made.module, made.config, Repeated(made.batch), script, device)
     seconds = statistics.median(windows)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"seconds": seconds, "views_per_second": made.views / seconds, "windows": windows, "peak": peak, **found}
+    rate, remarks = made.views / seconds, [line for line in ran.said if "CUDA graphs" in line]
+    rest = {"windows": windows, "peak": peak, "remarks": remarks}
+    return {"seconds": seconds, "views_per_second": rate, **rest, **found}
 
 
 def said(found: dict[str, Any]) -> str:
@@ -82,6 +84,7 @@ def said(found: dict[str, Any]) -> str:
         f"{1000 * found['seconds']:.1f} ms, {found['views_per_second']:,.0f} views/s, device busy "
         f"{1000 * found['busy']:.1f} ms, {found['launches']:.0f} launches, {found['tiny']:.0f} of them under 4 us, "
         f"{1000 * found['layout']:.1f} ms of conversions of layout{memory}",
+        *(f"  - {remark}" for remark in found["remarks"]),
         *(f"  - {1000 * seconds:.2f} ms in {times:.0f} x `{name}`" for name, seconds, times in found["heaviest"][:8]),
     ]
     return "\n".join(lines)
@@ -97,11 +100,11 @@ def modes(device: torch.device) -> Iterator[Row]:
         # fp16 halves its scale at every step until no gradient overflows
         taken = 2 * count if options.get("precision") == "fp16" else count
         try:
-            lines = run_loop(made.module, made.config, Repeated(made.batch), lambda _, n=taken: iter([n]), device, 1)
+            ran = run_loop(made.module, made.config, Repeated(made.batch), lambda _, n=taken: iter([n]), device, 1)
         except Exception as error:
             yield Row(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False)
             continue
-        losses = [line["loss"] for line in lines if "loss" in line]
+        losses = [line["loss"] for line in ran.metrics if "loss" in line]
         moved = len(losses) == taken and math.isfinite(losses[-1]) and losses[-1] != losses[0]
         yield Row(name, f"loss {losses[0]:.4g} to {losses[-1]:.4g} in {taken} steps", moved, {"losses": losses})
 
