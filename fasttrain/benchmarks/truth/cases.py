@@ -31,7 +31,7 @@ class StepCase(NamedTuple):
 
     def on(self, device: torch.device) -> StepCase:
         """Itself, or what of it suits a CPU."""
-        return self if device.type == "cuda" else self._replace(size=16, images=4)
+        return self if device.type == "cuda" else self._replace(arch="resnet18", size=16, images=4)
 
     @property
     def name(self) -> str:
