@@ -183,6 +183,12 @@ def gpu(device: str) -> Finding:
     return Finding("GPU", "ok", what)
 
 
+def measuring() -> Finding:
+    """How a machine with a GPU is measured, which nothing here does."""
+    command = "python launch/bench.py gpu"
+    return Finding("measure", "ok", f"{command}: kernels checked, waits, every mode, steps and loaders; 8 minutes")
+
+
 def _ranks_here() -> int:
     """Ranks on this machine, as torchrun or DeepSpeed says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -415,6 +421,7 @@ __all__ = [
     "group",
     "joined",
     "machine",
+    "measuring",
     "open_files",
     "reading",
     "same_data",

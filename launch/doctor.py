@@ -48,6 +48,8 @@ def examine(config: PretrainConfig) -> int:
     good.append(show(joined([attempt("loader", lambda: doctor.reading(parts.loader), "see launch/prepare.py")])))
     parts.loader.close()
     good.append(show([attempt("run.dir", lambda: disk(config, parts), "choose another run.dir")]))
+    if device.type == "cuda":
+        show([doctor.measuring()])
     return 0 if all(good) else cli.EXIT_MISTAKE
 
 

@@ -17,6 +17,7 @@ from fasttrain.attacks.losses import squared_distance
 from fasttrain.models import Encoder, ModelConfig
 from fasttrain.models.folding import fold_batchnorm
 from fasttrain_kernels.apgd import State, apgd_step, initial_state
+from tests.interpreter import needs_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -147,6 +148,7 @@ def test_number_of_threads_changes_nothing():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreted run")
 def test_triton_interpreted():
     pytest.importorskip("triton")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fasttrain import distributed
 from fasttrain.models import BatchNorm2d, Encoder, ModelConfig
 from fasttrain_kernels.batchnorm import Running, batch_norm
+from tests.interpreter import needs_interpreter
 from tests.ranks import run_ranks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -287,6 +288,7 @@ def test_mistakes_are_named(given: dict, message: str) -> None:
         batch_norm(**{"x": torch.randn(4, 3)} | given)
 
 
+@needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreted run")
 def test_triton_in_its_interpreter() -> None:
     run = subprocess.run(

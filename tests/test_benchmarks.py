@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.attacks import apgd
 from fasttrain.attacks.losses import squared_distance
-from fasttrain.benchmarks import kernels, step
+from fasttrain.benchmarks import attack, gpu, kernels, machine, record, step, train, truth
 from fasttrain.benchmarks.attack import THREAT, no_lower, published_apgd
 from fasttrain.benchmarks.cases import OURS, PYTORCH, Case, contrastive, layers
 from fasttrain.benchmarks.ceilings import COPY, PRODUCT, Work, ceilings
 from fasttrain.benchmarks.network import NetworkConfig, plain, setting
-from fasttrain.benchmarks.timing import Comparison, StepTiming, Stopwatch, alternate, alternate_steps, table
+from fasttrain.benchmarks.profile import of_spans
+from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, Stopwatch, alternate, alternate_steps, table
+from fasttrain.benchmarks.truth import TruthConfig
 from fasttrain.config import load
 from fasttrain.errors import UsageError
 from fasttrain.models import ModelConfig
@@ -36,7 +39,7 @@ def test_contestants_take_turns_after_a_warm_up():
 
         return run
 
-    timings = alternate({"a": contestant("a"), "b": contestant("b")}, rounds=2)
+    *_, timings = alternate({"a": contestant("a"), "b": contestant("b")}, rounds=2)
     assert turns == ["a", "b", "a", "b", "a", "b"]
     assert [len(timing.rates) for timing in timings] == [2, 2]
     assert "| a |" in table(timings, "images")
@@ -66,7 +69,7 @@ def run(task: str, tmp_path, *arguments: str) -> dict:
     module = script("bench")
     schema = module.TASKS[task].schema
     given = [f"task={task}", "quick=true", f"output={tmp_path / 'bench.json'}", *arguments]
-    module.bench(load(schema, given, module.quick))
+    module.bench(load(schema, given, module.base))
     assert (tmp_path / "bench.png").stat().st_size > 1000
     return json.loads((tmp_path / "bench.json").read_text())
 
@@ -74,6 +77,7 @@ def run(task: str, tmp_path, *arguments: str) -> dict:
 def test_steps_match_the_plain_ones_and_are_all_in_the_table(tmp_path, capsys):
     found = run("step", tmp_path, "precision=fp32")
     rows = {row["name"]: row for row in found["rows"]}
+    peers = [f"plain, {name}" for name in contrastive.nt_xent_peers(0.5, 8, CPU)]
     assert list(rows) == [
         "plain",
         "plain, PyTorch",
@@ -82,6 +86,7 @@ def test_steps_match_the_plain_ones_and_are_all_in_the_table(tmp_path, capsys):
         "penalty, finite difference",
         "adversarial view, PGD-5",
         "structured view, colour",
+        *peers,
         "FARE, APGD-10",
         "FARE, published code",
         "F: forward",
@@ -92,7 +97,7 @@ def test_steps_match_the_plain_ones_and_are_all_in_the_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in rows if name != "FARE's floor")
     assert "DOES NOT MATCH" not in printed
-    assert printed.count("times as fast as") == 3
+    assert printed.count("times as fast as") == 3 + len(peers)
     assert set(rows["FARE, APGD-10"]["shares"]) == {"forward", "reference", "attack", "backward", "optimiser"}
     assert set(rows["structured view, colour"]["shares"]) == {"forward", "view", "backward", "optimiser"}
     assert found["config"]["model"]["width"] == 0.25 and found["config"]["rounds"] == 1
@@ -168,7 +173,8 @@ def test_parts_of_a_step_add_up():
         stopwatch.mark("second")
         stopwatch.mark("first")
 
-    timing = alternate_steps({"a": contestant}, rounds=3, steps=2, device=torch.device("cpu"))["a"]
+    *_, standing = alternate_steps({"a": contestant}, rounds=3, steps=2, device=torch.device("cpu"))
+    timing = standing.timings["a"]
     assert len(timing.parts) == len(timing.cpu) == 3 and set(timing.parts[0]) == {"first", "second"}
     assert sum(timing.shares().values()) == pytest.approx(1, abs=0.2)
     slow = StepTiming("slow", [{"all": 4.0}, {"all": 6.0}, {"all": 1.0}], [8.0, 8.0, 8.0])
@@ -215,7 +221,7 @@ def test_every_task_in_one_go(images, tmp_path, capsys):
     module = script("bench")
     given = ["task=all", "quick=true", f"output={tmp_path / 'all.json'}", f"loader.data.root={images}"]
     given += ["loader.augment.size=16", "loader.loader.threads=1", "kernels.kernels=[apgd]", "attack.iterations=2"]
-    module.bench(load(module.schema_of("all"), given, module.quick))
+    module.bench(load(module.schema_of("all"), given, module.base))
     found = json.loads((tmp_path / "all.json").read_text())
     tasks = {"kernels", "loader", "step", "attack"}
     assert {row["task"] for row in found["rows"]} == tasks
@@ -259,7 +265,7 @@ def test_a_peer_that_fails_or_errs_is_named_and_gets_no_ratio():
 
     contestants = {OURS: returns(2.0), PYTORCH: returns(2.0), "wrong": returns(2.1), "broken": fails}
     case = Case("k", "forward", "1", torch.float32, Work(8, 8), ("y",), returns(2.0), contestants)
-    report = kernels.compare(case, ceilings(torch.float32, CPU, 32, 1), 1, CPU)
+    (report,) = kernels.compare(case, ceilings(torch.float32, CPU, 32, 1), 1, CPU)
     rows = {row["name"]: row for row in report.rows}
     assert rows["wrong"]["over_ours"] is None and rows[PYTORCH]["over_ours"] > 0
     assert "- broken does not run: out of memory\n" in report.text + "\n"
@@ -341,5 +347,206 @@ def test_short_contestants_run_until_a_round_is_filled():
         calls.append(1)
         stopwatch.mark("all")
 
-    timing = alternate_steps({"a": contestant}, rounds=2, steps=None, device=CPU, memory=True)["a"]
+    *_, standing = alternate_steps({"a": contestant}, rounds=2, steps=None, device=CPU, memory=True)
+    timing = standing.timings["a"]
     assert len(calls) == 1 + 1 + 2 * 100 and timing.memory is not None
+
+
+def test_what_fails_leaves_and_the_others_go_on():
+    def step(seconds_until_it_fails: float):
+        calls = []
+
+        def run(stopwatch: Stopwatch) -> None:
+            calls.append(1)
+            if len(calls) > seconds_until_it_fails:
+                raise torch.OutOfMemoryError("out of memory: tried to allocate\nmuch")
+            stopwatch.mark("all")
+
+        return run
+
+    contestants = {"at once": step(0), "when measured": step(1), "later": step(3), "never": step(99)}
+    standings = list(alternate_steps(contestants, rounds=3, steps=1, device=CPU, memory=True))
+    assert [list(standing.timings) for standing in standings] == [["later", "never"], ["never"], ["never"]]
+    assert standings[-1].refusals == dict.fromkeys(
+        ["at once", "when measured", "later"], "out of memory: tried to allocate"
+    )
+    assert len(standings[-1].timings["never"].parts) == 3
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(alternate_steps({"ours": step(1)}, rounds=3, steps=1, device=CPU, needed={"ours"}))
+
+
+def test_attacks_of_a_round_start_at_the_same_points_drawn_before_it():
+    images = torch.rand(3, 3, 8, 8)
+    starts = attack.Starts(images)
+    found = []
+    for _ in range(2):
+        starts.draw()
+        found.append((starts.round, starts.threat.start(images, torch.arange(3))))
+        assert torch.equal(found[-1][1], starts.threat.start(images, torch.arange(3)))
+    assert [number for number, _ in found] == [0, 1] and not torch.equal(found[0][1], found[1][1])
+    distance = (found[0][1] - images).abs()
+    assert distance.max() <= THREAT.eps + 1e-6 and found[0][1].min() >= 0 and found[0][1].max() <= 1
+
+
+def test_torchattacks_starts_where_ours_do():
+    pytest.importorskip("torchattacks")
+    place = setting(NETWORK)
+    reference, images = plain(place.encoder).eval(), place.batch(1).images[0]
+    with torch.no_grad():
+        targets = reference(images).features
+    starts = attack.Starts(images)
+    starts.draw()
+    state = torch.get_rng_state()
+    theirs = attack.torchattacks_apgd(reference, images, targets, 2)(starts.uniform)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
+    loss = lambda x: squared_distance(reference(x).features, targets)  # noqa: E731
+    ours = published_apgd(loss, images, starts.threat.start(images, torch.arange(len(images))), THREAT.eps, 2)
+    assert loss(theirs).mean().item() == pytest.approx(loss(ours).mean().item(), rel=0.02)
+
+
+def reports_of(rows: int):
+    """As a task gives them: each with all that is found so far."""
+    for count in range(1, rows + 1):
+        found = [{"name": str(number), "seconds": float("nan")} for number in range(count)]
+        yield Report(f"{count} rows", found, {"0": 1.0}, "s")
+
+
+def test_what_is_found_is_written_as_it_is_found_and_says_that_it_is_not_all(tmp_path):
+    places = {name: tmp_path / f"b.{suffix}" for name, suffix in (("numbers", "json"), ("table", "md"), ("t", "png"))}
+    kept = record.Record(places, "Title", ["command"], {"date": "today"})
+    for count, report in enumerate(reports_of(3), 1):
+        kept.keep({"t": report})
+        found = json.loads((tmp_path / "b.json").read_text(), parse_constant=pytest.fail)  # no NaN: it is null
+        assert len(found["rows"]) == count and found["rows"][0] == {"task": "t", "name": "0", "seconds": None}
+        assert not found["complete"] and "**Incomplete**" in (tmp_path / "b.md").read_text()
+    kept.finish({"t": report})
+    assert json.loads((tmp_path / "b.json").read_text())["complete"]
+    assert (tmp_path / "b.md").read_text() == "# Title\n\ncommand\n\n3 rows\n" and (tmp_path / "b.png").exists()
+
+
+def test_a_benchmark_that_is_killed_leaves_what_it_had_found(tmp_path):
+    output = tmp_path / "killed.json"
+    arguments = ["kernels", "quick=true", "rounds=9999", "kernels=[apgd]", f"output={output}"]
+    program = [sys.executable, str(ROOT / "launch/bench.py"), *arguments]
+    with subprocess.Popen(program, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not output.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+    found = json.loads(output.read_text())
+    assert not found["complete"] and found["rows"][0]["kernel"] == "APGD step, linf"
+
+
+def test_the_device_is_busy_once_where_streams_overlap():
+    spans = [("a", 0.0, 10.0), ("b", 5.0, 12.0), ("a", 20.0, 22.0), ("nchwToNhwc", 30.0, 31.0)]
+    found = of_spans(spans, steps=2)
+    assert found.launches == 2 and found.tiny == 1
+    assert found.busy == pytest.approx((12 + 2 + 1) / 2 / 1e6) and found.layout == pytest.approx(0.5e-6)
+    assert found.heaviest[0] == ("a", pytest.approx(6e-6), 1)
+
+
+def test_the_loop_is_held_against_its_parts(tmp_path, capsys):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    found = run("train", tmp_path)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == [train.LOOP, train.FED, train.CEILING, train.LOADER]
+    assert all(row["images_per_second"] > 0 for row in rows.values())
+    assert 0 <= rows[train.LOOP]["data_wait"] <= 1
+    assert rows[train.FED]["launches"] > rows[train.CEILING]["launches"] > 100  # of operations, on a CPU
+    assert "- the loop reaches " in capsys.readouterr().out
+
+
+def test_a_runs_own_settings_are_what_is_timed(tmp_path):
+    module = script("bench")
+    recipe = str(ROOT / "configs/pretrain/simclr_cifar10.yaml")
+    config = load(module.TrainBench, ["train", recipe, "quick=true"], module.base, ("task",))
+    assert config.optimizer.lr == 0.06 and config.train.batch == 512 and config.window == 1
+
+
+@pytest.mark.parametrize("section", ["kernels", "waits", "colours", "modes", "steps", "graph"])
+def test_the_sections_of_the_truth_run(section):
+    config = TruthConfig(sections=(section,), steps=("plain",))
+    *_, report = truth.tell_truth(config, 1)
+    assert report.passed and report.rows and all(row["section"] == section for row in report.rows)
+    assert report.text.startswith(f"### {section.capitalize()}\n\n- ")
+
+
+def test_a_section_that_fails_takes_no_other_with_it(monkeypatch):
+    monkeypatch.setattr(truth, "colours", lambda device: (1 / 0 for _ in range(2)))
+    *_, report = truth.tell_truth(TruthConfig(sections=("colours", "graph")), 1)
+    assert not report.passed and "- FAILS, fails: ZeroDivisionError: division by zero" in report.text
+    assert "graphs: need a GPU" in report.text or torch.cuda.is_available()
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-c", program]
+
+
+def test_parts_end_at_their_limits_and_the_rest_goes_on(tmp_path, monkeypatch, capfd):
+    left_behind = tmp_path / "left"
+    forks = f"import os, time, pathlib\nif not os.fork(): time.sleep(2); pathlib.Path({str(left_behind)!r}).touch()"
+    result = json.dumps({"rows": [{"name": "a"}]})
+    writes = f"from pathlib import Path\nPath('{tmp_path}/step.json').write_text({result!r})\n"
+    writes += f"Path('{tmp_path}/step.md').write_text('# T\\n\\nc\\n\\nv.\\n\\n| table |')"
+    parts = {
+        "facts": gpu.Part(20, [python("print('so it is')")]),
+        "tests": gpu.Part(20, [python("print('at work', flush=True); 1 / 0"), python("print('never')")]),
+        "truth": gpu.Part(1, [python(f"{forks}\nprint('begun', flush=True); time.sleep(60)")]),
+        "train": gpu.Part(20, [], (), "DALI is not installed"),
+        "step": gpu.Part(20, [python(writes)], ("step",)),
+    }
+    monkeypatch.setattr(gpu, "parts_of", lambda *arguments: parts)
+    *_, report = gpu.run_parts(gpu.GpuBenchConfig(parts=tuple(parts)), 1, True, tmp_path, ROOT / "launch/bench.py")
+    status = {row["name"]: row["status"] for row in report.rows if "status" in row}
+    assert status["facts"] == status["step"] == "passed" and status["train"] == "DALI is not installed"
+    assert status["tests"] == "failed with code 1" and status["truth"] == "did not end within 1 s"
+    assert not report.passed and report.rows[-1] == {"part": "step", "name": "a"}
+    assert "tests failed with code 1; its last lines:\n\n    at work\n" in report.text
+    assert "    ZeroDivisionError: division by zero\n" in report.text and "never" not in report.text
+    assert report.text.endswith("## Step\n\n| table |") and (tmp_path / "facts.log").read_text() == "so it is\n"
+    assert "truth: begun\n" in capfd.readouterr().err
+    time.sleep(1.5)
+    assert not left_behind.exists()
+    monkeypatch.setattr(gpu, "LEAST", 100.0)
+    *_, report = gpu.run_parts(gpu.GpuBenchConfig(parts=("facts",), minutes=1), 1, True, tmp_path, ROOT)
+    assert report.rows[0]["status"] == "no time left" and not report.passed
+
+
+def test_one_command_says_all_of_a_machine(tmp_path):
+    """From a checkout, wherever one stands; on a CPU, so tiny."""
+    arguments = ["gpu", "quick=true", "parts=[facts]", f"output={tmp_path / 'all/gpu.json'}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/bench.py"), *arguments],
+        env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| facts | passed | " in done.stdout and "- ok, deepspeed: imports " in done.stdout
+    found = json.loads((tmp_path / "all/gpu.json").read_text())
+    assert found["complete"] and found["rows"][0]["name"] == "facts" and len(found["rows"]) > 10
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {
+        f"{name}.{suffix}" for name in ("gpu", "facts") for suffix in ("json", "md")
+    } | {"facts.log"}
+
+
+def test_every_part_of_the_command_is_one_that_runs(tmp_path):
+    module = script("bench")
+    for tiny in (False, True):
+        for name, part in gpu.parts_of(1, tiny, tmp_path, ROOT / "launch/bench.py", tmp_path).items():
+            assert part.seconds > 0 and part.commands, name
+            for command in part.commands:
+                if command[1].endswith("bench.py"):
+                    config = load(module.schema_of(command[2]), command[2:], module.base, ("task",))
+                    assert any(config.output == f"{tmp_path / result}.json" for result in part.results)
+    assert all((ROOT / place).exists() for place in gpu.CHOSEN)
+
+
+def test_versions_name_dali_whatever_cuda_it_is_for(monkeypatch):
+    monkeypatch.setattr(machine, "dali_package", lambda: "nvidia-dali-cuda130")
+    known = machine.metadata.version
+    monkeypatch.setattr(machine.metadata, "version", lambda n: "2.4.0" if n.startswith("nvidia-dali") else known(n))
+    assert machine.versions()["DALI"] == "2.4.0 (nvidia-dali-cuda130)"
+    monkeypatch.setattr(machine, "dali_package", lambda: None)
+    assert "DALI" not in machine.versions()

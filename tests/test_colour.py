@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.data import colour
 from fasttrain.data.augment import AugmentConfig, Draws, SimCLR, apply_reference, blur_radius
@@ -122,6 +123,24 @@ def test_results_stay_in_range():
     images, draws = make_images(64, 24), make_draws(64, 24)
     for result in (by_numpy(images, draws), by_torch(images, draws)):
         assert np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1 + 1e-6
+
+
+def test_all_that_is_drawn_goes_to_a_gpu_in_one_copy():
+    copies = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            hosts = [x for x in arguments if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+            if hosts and isinstance(result, torch.Tensor) and result.device.type == "meta":
+                copies.append(tuple(result.shape))
+            return result
+
+    images, draws = torch.from_numpy(make_images(48, 32)).to("meta"), make_draws(48, 32)
+    assert draws.grey.any() and draws.solarise.any() and (draws.sigma > 0).any()
+    with Watch():
+        colour.apply_torch(images, draws)
+    assert copies == [(48, 11 + 1 + blur_radius(32))]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def assert_equal(left: list[Batch], right: list[Batch]) -> None:
 
 def errors(batch: Batch, catalog: FakeCatalog, augment, epoch: int = 0) -> np.ndarray:
     """Mean absolute difference to the reference in grey levels, [V, B]."""
-    ids = batch.index.numpy()
+    ids = batch.index.cpu().numpy()
     pixels = [decode(catalog.contents[i]) if catalog.encoded else catalog.contents[i] for i in ids]
     draws = augment.draw(epoch, ids, np.array([image.shape[:2] for image in pixels]))
     found = batch.images.permute(0, 1, 3, 4, 2).cpu().numpy()
@@ -154,9 +155,11 @@ def test_pixels_without_a_file(loaders):
     )
 
 
-def test_any_split_of_the_run_gives_the_same_images(loaders):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_any_split_of_the_run_gives_the_same_images(loaders, device):
     """Bit for bit: one rank and two, from the beginning and from within, over the border of an epoch."""
     catalog, augment, order = jpegs(20), SimCLR(AugmentConfig(size=SIZE), 3), Order(np.arange(20), 9, 6)
+    loaders = partial(loaders, device=torch.device(device))
     one = loaders(catalog, order, augment)
     assert len(one) == 3
     whole = batches(one, 0, 7)

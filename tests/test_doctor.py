@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from fasttrain import cli, distributed, doctor
+from fasttrain.config import load
 from fasttrain.data.catalog import DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.errors import UsageError
 from fasttrain.optim import OptimizerConfig
 from fasttrain.run import RunConfig, read_metrics
 from tests.ranks import run_ranks
-from tests.test_launch import ROOT, SMALL, environment, metrics
+from tests.test_launch import ROOT, SMALL, environment, metrics, script
 
 MB = 1_000_000
 
@@ -107,6 +108,12 @@ def test_gpus_too_few_too_new_and_taken(monkeypatch):
     pretend_gpus(monkeypatch)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert doctor.gpu("auto").what == "2 for 3 ranks on this machine"
+
+
+def test_a_machine_with_a_gpu_is_told_how_it_is_measured():
+    line = doctor.measuring().line()
+    assert line.startswith("ok") and "python launch/bench.py gpu" in line
+    assert load(script("bench").GpuBench, ["gpu"], positional=("task",)).minutes == 8  # and that is a command
 
 
 def test_what_is_absent_fails_only_where_it_is_needed(monkeypatch):

@@ -191,6 +191,7 @@ TINY = [
     "run.log_every=1",
     "run.save_every=12",
     "loader.threads=1",
+    "train.device=cpu",
     "attack.steps=3",
     "robust.attack.steps=2",
     "robust.every_steps=12",
@@ -275,6 +276,7 @@ def test_a_run_that_goes_on_needs_its_source_no_more(images, source, tmp_path):
 def test_robust_evaluation_of_a_run_is_printed_and_written(images, finished, tmp_path, capsys):
     module = script("eval")
     given = ["task=robust", f"source={finished}", f"output={tmp_path / 'found.json'}", "linear.l2=[0.1]"]
+    given += ["device=cpu"]
     module.evaluate(load(module.EvalConfig, [*given, "robust.attack.steps=2", "robust.images=6"], module.of_run))
     table = json.loads((tmp_path / "found.json").read_text())
     assert 0 <= table["robust_top1"] <= table["clean_top1"] <= 1

@@ -31,6 +31,7 @@ SMALL = [
     "train.batch=8",
     "train.steps=6",
     "train.precision=fp32",
+    "train.device=cpu",
     "optimizer.warmup_epochs=0",
     "run.log_every=1",
     "loader.threads=1",
@@ -41,6 +42,8 @@ def script(name: str):
     spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    if str(ROOT / "launch") not in sys.path:
+        sys.path.append(str(ROOT / "launch"))  # where a script that is run finds the others
     spec.loader.exec_module(module)
     return module
 
@@ -270,6 +273,7 @@ def test_pretraining_starts_from_a_runs_weights_and_goes_on_without_them(images,
 def test_a_finetuning_run_in_a_pretraining_runs_folder_is_told_whose_it_is(images, undisturbed, tmp_path):
     folder, module = copy_of(undisturbed, tmp_path), script("finetune")
     given = ["train.steps=1", "train.batch=8", "optimizer.warmup_steps=0", "robust.every_steps=0", "loader.threads=1"]
+    given += ["train.device=cpu"]
     given += [f"source={folder}", f"run.dir={folder}", f"data.root={images}", "train.precision=fp32"]
     with pytest.raises(UsageError, match=r"is the folder of a run of launch/pretrain.py, .*another with run.dir=…$"):
         module.finetune(load(module.FinetuneConfig, given, module.of_source))
@@ -290,7 +294,8 @@ def test_a_home_is_the_same_place_in_all_settings(images, tmp_path, monkeypatch)
     assert contradictions(config, {"config": saved}) == []
 
     module = script("eval")
-    config = load(module.EvalConfig, ["knn", "~/run", "output=~/knn.json"], module.of_run, ("task", "source"))
+    given = ["knn", "~/run", "output=~/knn.json", "device=cpu"]
+    config = load(module.EvalConfig, given, module.of_run, ("task", "source"))
     assert config.data.root == str(tmp_path / "data") and config.augment.size == 16
     assert not module.evaluate(config) and (tmp_path / "knn.json").exists()
 
@@ -305,7 +310,7 @@ def test_a_folder_that_a_live_run_holds_is_refused(images, tmp_path):
             pretrain_here(f"data.root={images}", f"run.dir={tmp_path / 'run'}")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(images, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(images, tmp_path, capsys):
     folder = tmp_path / "run"
     with pytest.raises(UsageError, match=r"the loss of step \d is (nan|inf)"):
         pretrain_here(f"data.root={images}", f"run.dir={folder}", "optimizer.lr=1e30")
@@ -314,9 +319,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(images, tmp
     assert len(report["ranks"][0]["index"][0]) == 8 and (evidence / "weights.safetensors").exists()
     assert not list((folder / "checkpoints").glob("step-*"))
 
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
     module = script("replay")
-    assert module.replay(load(module.ReplayConfig, [f"bundle={evidence}"])) == 1
+    assert module.replay(load(module.ReplayConfig, [f"bundle={evidence}", "device=cpu"])) == 1
     assert f"step {report['step']} is" in (said := capsys.readouterr().out) and "not finite:\n  " in said
 
 
@@ -389,6 +393,7 @@ def test_evaluation_of_a_run_agrees_with_the_run(undisturbed, tmp_path, capsys):
     module = script("eval")
     for task, key in (("knn", "top1"), ("linear", "val_top1")):
         given = [f"task={task}", f"source={undisturbed}", f"output={tmp_path / task}.json", "linear.l2=[0.1]"]
+        given += ["device=cpu"]
         assert not module.evaluate(load(module.EvalConfig, given, module.of_run))
         table = json.loads((tmp_path / f"{task}.json").read_text())
         assert 0 <= table[key] <= 1 and table["val"]["images"] == 12
@@ -399,7 +404,7 @@ def test_evaluation_of_a_run_agrees_with_the_run(undisturbed, tmp_path, capsys):
 
 def evaluate_here(task: str, source: Path, *given: str) -> dict:
     module = script("eval")
-    module.evaluate(load(module.EvalConfig, [f"task={task}", f"source={source}", *given], module.of_run))
+    module.evaluate(load(module.EvalConfig, [f"task={task}", f"source={source}", "device=cpu", *given], module.of_run))
     places = [text.partition("=")[2] for text in given if text.startswith("output=")]
     return json.loads(Path(*places or [source / f"eval-{task}.json"]).read_text())
 

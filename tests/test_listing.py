@@ -300,7 +300,7 @@ def test_a_run_of_odd_names_from_end_to_end(tmp_path, capfd, in_process):
         assert call("pretrain", *arguments) == 0
     assert "b\\n/caf\\xe9\\n.jpg" in (run / "bad_images.txt").read_text()
     assert list((run / "tensorboard").iterdir()) and (run / "curves.png").exists()
-    call("eval", "task=knn", f"source={run}")
+    call("eval", "task=knn", f"source={run}", "device=cpu")
     assert json.loads((run / "eval-knn.json").read_text())["train"]["where"] == str(data / "train")
     call("prepare", f"data.root={data}", f"data.cache={tmp_path}")
     said = "".join(capfd.readouterr())
@@ -326,7 +326,7 @@ def test_pretraining_needs_no_labels_and_says_what_falls_away(tmp_path, capfd):
     assert "note: evaluate.every_epochs falls to 0, since the images in" in captured.err
     assert "kNN" not in captured.out and "every_epochs: 0" in (tmp_path / "run/config.yaml").read_text()
     with pytest.raises(UsageError, match=r"the accuracy of knn needs labels, .* have no labels: give data\.root=…"):
-        call("eval", "task=knn", f"source={tmp_path / 'run'}")
+        call("eval", "task=knn", f"source={tmp_path / 'run'}", "device=cpu")
     with pytest.raises(UsageError, match=r"run\.keep_best=max:knn_top1: no accuracy can be measured, .* no labels"):
         call("pretrain", *SMALL, data[0], f"run.dir={tmp_path / 'best'}", "run.keep_best=max:knn_top1")
     with pytest.raises(UsageError, match=r"sup_con tells classes apart and the images have no labels"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fasttrain_kernels.ntxent import nt_xent, sup_con
+from tests.interpreter import needs_interpreter
 from tests.test_ntxent_blocked import derivatives, errors, naive, naive_nt_xent, random
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +82,7 @@ def test_float64_is_refused() -> None:
         nt_xent(random(2, 3, 4).to(DEVICE), 0.1, impl="triton")
 
 
+@needs_interpreter
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda", reason="the tests above run here")
 def test_in_the_interpreter() -> None:
     with pytest.raises(ValueError, match="impl='triton' runs on a GPU and z is on cpu"):

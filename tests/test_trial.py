@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fasttrain_kernels import trial
+from tests.interpreter import needs_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,7 @@ def test_a_kernel_that_does_not_compile_is_not():
         assert not trial.triton_passes("sum", results(fail))
 
 
+@needs_interpreter
 def test_every_kernel_passes_its_trial_when_interpreted():
     program = """
 from importlib import import_module

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from pydantic import Field
@@ -16,7 +17,7 @@ from fasttrain.attacks.evaluation import loss_and_gradient, loss_only
 from fasttrain.attacks.losses import squared_distance
 from fasttrain.benchmarks.ceilings import PRODUCT, ceilings
 from fasttrain.benchmarks.network import NetworkConfig, Setting, channels_last, plain, setting
-from fasttrain.benchmarks.timing import Comparison, Report, Stopwatch, alternate_steps, marked, quantity
+from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, Stopwatch, alternate_steps, marked, quantity
 from fasttrain.models import Encoder
 from fasttrain.models.folding import fold_batchnorm
 
@@ -33,30 +34,30 @@ class AttackBenchConfig(NetworkConfig):
     "steps of APGD"
 
 
-def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
+def compare_attacks(config: AttackBenchConfig, rounds: int) -> Iterator[Report]:
     """Time and final loss of the same attack, by ours in full, by ours on the plain network, by the published way.
 
     The unit F is one forward of the plain network (contiguous, fp32, PyTorch's own BatchNorm, evaluation mode). All
-    start at the same points, others at each call, raise the distance from the same embeddings, and are judged by that
-    network's loss over all calls.
+    start at the same points, others in each round, raise the distance from the same embeddings, and are judged by that
+    network's loss over all rounds. Yields after every round.
     """
     place = setting(config)
     reference, batch = plain(place.encoder).eval(), place.batch(1)
     fast, images = fold_batchnorm(channels_last(place.encoder)), place.batch(1, torch.channels_last).images[0]
     with torch.no_grad():
         targets = reference(batch.images[0]).features
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, dict[int, Tensor]] = {}
+    starts = Starts(batch.images[0])
 
     def distance(encoder: Encoder) -> PerImageLoss:
         return lambda x: squared_distance(encoder(x).features, targets)
 
     def attack(name: str, run: Callable[[Threat], Tensor], autocast: bool = False) -> None:
-        found[name] = []
+        found[name] = {}
 
         def step(stopwatch: Stopwatch) -> None:
-            torch.manual_seed(len(found[name]))
             with cast(place, autocast):
-                found[name].append(run(TorchattacksStart(THREAT.eps)))
+                found[name][starts.round] = run(starts.threat)
             stopwatch.mark("attack")
 
         contestants[name] = step
@@ -72,18 +73,44 @@ def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
         lambda threat: published_apgd(*plainly, threat.start(batch.images[0], batch.index), threat.eps, count),
     )
     if (rival := torchattacks_apgd(reference, batch.images[0], targets, count)) is not None:
-        attack(f"APGD-{count}, torchattacks", lambda _: rival())
+        attack(f"APGD-{count}, torchattacks", lambda _: rival(starts.uniform))
 
     limit = ceilings(place.autocast or torch.float32, place.device)
     work = flops(distance(reference), batch.images[0], contestants, count)
     product = {PRODUCT: marked(limit.contestants[PRODUCT])}
-    timings = alternate_steps(contestants | product, rounds, place.steps, place.device, memory=True)
-    product_rate = limit.work[PRODUCT].flops / timings.pop(PRODUCT).seconds
-    losses = {name: torch.cat([loss_only(distance(reference), x) for x in calls]) for name, calls in found.items()}
-    first, _, *others = found
-    comparisons = [no_lower(first, other, losses) for other in others]
+    first, plainly_ours, *_ = found
+    for timings, refusals in alternate_steps(
+        contestants | product,
+        rounds,
+        place.steps,
+        place.device,
+        memory=True,
+        needed={UNIT, PRODUCT, first},
+        before_round=starts.draw,
+    ):
+        product_rate = limit.work[PRODUCT].flops / timings.pop(PRODUCT).seconds
+        losses = {
+            name: torch.cat([loss_only(distance(reference), x) for x in rounds.values()])
+            for name, rounds in found.items()
+            if name in timings
+        }
+        others = losses.keys() - {first, plainly_ours}
+        comparisons = [no_lower(first, other, losses) for other in found if other in others]
+        yield _report(config, place, timings, refusals, losses, comparisons, work, product_rate)
+
+
+def _report(
+    config: AttackBenchConfig,
+    place: Setting,
+    timings: Mapping[str, StepTiming],
+    refusals: Mapping[str, str],
+    losses: Mapping[str, Tensor],
+    comparisons: list[Comparison],
+    work: Mapping[str, int],
+    product_rate: float,
+) -> Report:
     lines = [
-        f"{len(batch.labels)} images of {config.size} pixels, {config.model.arch}, width {config.model.width:g}; "
+        f"{len(place.images) // 2} images of {config.size} pixels, {config.model.arch}, width {config.model.width:g}; "
         f"a large matrix product of this run: {quantity(product_rate, 'FLOP/s')} in {place.precision}\n",
         "| what | in forwards F | least to greatest | by CPU time | ms, median "
         "| of the product's rate | peak MiB | final loss |",
@@ -100,6 +127,7 @@ def compare_attacks(config: AttackBenchConfig, rounds: int) -> Report:
             f"| {work[name] / timing.seconds / product_rate:.0%} | {memory} | {loss} |"
         )
     lines += ["", *(f"- {comparison.sentence(timings)}" for comparison in comparisons)]
+    lines += [f"- {name} does not run: {reason}" for name, reason in refusals.items()]
     rows = [timing.row() | {"flops": work[name]} for name, timing in timings.items()]
     for row in rows:
         if row["name"] in losses:
@@ -119,12 +147,31 @@ def flops(loss: PerImageLoss, images: Tensor, contestants: Iterable[str], count:
     }
 
 
+class Starts:
+    """Where the attacks of a round start; drawn before the stopwatch runs."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._images, self.round = images, -1
+
+    def draw(self) -> None:
+        """Those of the next round."""
+        self.round += 1
+        torch.manual_seed(self.round)
+        self.uniform = torch.rand_like(self._images)  # [B, 3, H, W] in [0, 1)
+
+    @property
+    def threat(self) -> Threat:
+        return Drawn(THREAT.eps, self.uniform)
+
+
 @dataclass(frozen=True)
-class TorchattacksStart(Linf):
-    """A ball whose random start is that of torchattacks' APGD from the same state of torch's generator."""
+class Drawn(Linf):
+    """A ball whose random start is what torchattacks' APGD makes of the same numbers."""
+
+    uniform: Tensor
 
     def start(self, images: Tensor, keys: Tensor) -> Tensor:
-        noise = 2 * torch.rand(images.shape).to(images.device) - 1
+        noise = 2 * self.uniform - 1
         noise = noise / noise.abs().amax((1, 2, 3), keepdim=True)
         return torch.empty_like(images).copy_((images + self.eps * noise).clamp(0, 1))
 
@@ -218,8 +265,13 @@ def published_apgd(loss_of_images: PerImageLoss, images: Tensor, start: Tensor, 
     return best
 
 
-def torchattacks_apgd(encoder: Encoder, images: Tensor, targets: Tensor, steps: int) -> Callable[[], Tensor] | None:
-    """torchattacks' APGD with our loss in the place of its DLR loss; ``None`` where it is not installed."""
+def torchattacks_apgd(
+    encoder: Encoder, images: Tensor, targets: Tensor, steps: int
+) -> Callable[[Tensor], Tensor] | None:
+    """torchattacks' APGD with our loss in the place of its DLR loss; ``None`` where it is not installed.
+
+    It takes the uniform numbers of its start, which it draws by itself otherwise.
+    """
     try:
         from torchattacks import APGD
     except ImportError:
@@ -236,4 +288,9 @@ def torchattacks_apgd(encoder: Encoder, images: Tensor, targets: Tensor, steps: 
     attack = APGD(Features().eval(), eps=THREAT.eps, steps=steps, loss="dlr")
     attack.dlr_loss = lambda features, labels: squared_distance(features, targets)
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    return lambda: attack.attack_single_run(images, labels)[0]
+
+    def run(uniform: Tensor) -> Tensor:
+        with mock.patch.object(torch, "rand", lambda shape: uniform):
+            return attack.attack_single_run(images, labels)[0]
+
+    return run

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fasttrain.benchmarks.cases import OURS, PYTORCH, REFERENCE, Case, Results
+from fasttrain.benchmarks.cases import OURS, PYTORCH, REFERENCE, Case
 from fasttrain.benchmarks.cases.apgd import apgd_cases
 from fasttrain.benchmarks.cases.contrastive import nt_xent_cases, sup_con_cases
 from fasttrain.benchmarks.cases.layers import batchnorm_cases, convolution_cases
 from fasttrain.benchmarks.ceilings import COPY, PRODUCT, Ceilings, ceilings
-from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, alternate_steps, marked, quantity
+from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, alternate_steps, marked, quantity, refused
 from fasttrain.config import Config
 
 Kernel = Literal["nt_xent", "sup_con", "batchnorm", "convolution", "apgd"]
@@ -34,14 +35,15 @@ class KernelBenchConfig(Config):
     "d of their embeddings"
     temperature: float = Field(0.1, gt=0)
     "their τ"
-    batch: int = Field(128, ge=2)
-    "images of the layers' input"
+    batch: int | None = Field(None, ge=2)
+    """images of the layers' input, and those that APGD attacks; null: 128 on a CPU, on a GPU 2,048 and 256, tensors
+    that no cache holds and beside which a launch is short"""
     channels: int = Field(64, ge=1)
     "its channels"
     size: int = Field(32, ge=3)
     "its pixels a side"
     pixels: int = Field(224, ge=1)
-    "those of the images that APGD attacks, as many"
+    "those of the images that APGD attacks"
     bf16: bool | None = None
     "time bf16 inputs beside float32 ones; null: on a GPU"
     side: int | None = Field(None, ge=1)
@@ -57,26 +59,39 @@ class Error(NamedTuple):
     agrees: bool
 
 
-def compare_kernels(config: KernelBenchConfig, rounds: int) -> Report:
-    """Time, peak memory, share of the ceiling that binds and agreement of every contestant, case by case."""
+def compare_kernels(config: KernelBenchConfig, rounds: int) -> Iterator[Report]:
+    """Time, peak memory, share of the ceiling that binds and agreement of every contestant, case by case.
+
+    Yields after every round.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limits = {dtype: ceilings(dtype, device, config.side, config.copy_mib) for dtype in dtypes(config, device)}
-    text, rows, bars = [], [], {}
+    done: list[Report] = []
     for case in cases(config, device):
         print(case.title, file=sys.stderr, flush=True)
-        found = compare(case, limits[case.dtype], rounds, device)
-        text.append(found.text)
-        rows += found.rows
-        bars |= found.bars
-    return Report("\n\n".join(text), rows, bars, "time over ours")
+        for found in compare(case, limits[case.dtype], rounds, device):
+            yield joined([*done, found])
+        done.append(found)
+
+
+def joined(reports: list[Report]) -> Report:
+    """Those of several cases as one."""
+    return Report(
+        "\n\n".join(report.text for report in reports),
+        [row for report in reports for row in report.rows],
+        {name: length for report in reports for name, length in report.bars.items()},
+        "time over ours",
+        all(report.passed for report in reports),
+    )
 
 
 def cases(config: KernelBenchConfig, device: torch.device) -> Iterator[Case]:
     for dtype in dtypes(config, device):
         torch.manual_seed(0)
-        images = config.images or (32_768 if device.type == "cuda" else 4096)
+        gpu = device.type == "cuda"
+        images, batch = config.images or (32_768 if gpu else 4096), config.batch or (2048 if gpu else 128)
         contrastive = images, config.dim, config.temperature, dtype, device
-        layer = (config.batch, config.channels, config.size, config.size), dtype, device
+        layer = (batch, config.channels, config.size, config.size), dtype, device
         if "nt_xent" in config.kernels:
             yield from nt_xent_cases(*contrastive)
         if "sup_con" in config.kernels:
@@ -86,7 +101,7 @@ def cases(config: KernelBenchConfig, device: torch.device) -> Iterator[Case]:
         if "convolution" in config.kernels:
             yield from convolution_cases(*layer)
         if "apgd" in config.kernels and dtype == torch.float32:
-            yield from apgd_cases(config.batch, config.pixels, device)
+            yield from apgd_cases(config.batch or (256 if gpu else 128), config.pixels, device)
 
 
 def dtypes(config: KernelBenchConfig, device: torch.device) -> list[torch.dtype]:
@@ -94,11 +109,24 @@ def dtypes(config: KernelBenchConfig, device: torch.device) -> list[torch.dtype]
     return [torch.float32, torch.bfloat16] if low else [torch.float32]
 
 
-def compare(case: Case, limits: Ceilings, rounds: int, device: torch.device) -> Report:
+def compare(case: Case, limits: Ceilings, rounds: int, device: torch.device) -> Iterator[Report]:
     """One case: what agrees with float64, then peak memory and time, in alternating rounds with the ceilings."""
     errors, refusals = agreement(case)
     runs = {name: case.contestants[name] for name in errors} | case.floors | limits.contestants
-    timings = alternate_steps({name: marked(run) for name, run in runs.items()}, rounds, None, device, memory=True)
+    contestants = {name: marked(run) for name, run in runs.items()}
+    needed = {OURS, *limits.contestants}
+    for standing in alternate_steps(contestants, rounds, None, device, memory=True, needed=needed):
+        stayed = {name: error for name, error in errors.items() if name in standing.timings}
+        yield report(case, limits, standing.timings, stayed, refusals | standing.refusals)
+
+
+def report(
+    case: Case,
+    limits: Ceilings,
+    timings: Mapping[str, StepTiming],
+    errors: Mapping[str, Error],
+    refusals: Mapping[str, str],
+) -> Report:
     rows = [row(case, timing, timings, limits, errors) for timing in timings.values()]
     product = quantity(limits.work[PRODUCT].flops / timings[PRODUCT].seconds, "FLOP/s")
     copy = quantity(limits.work[COPY].bytes / timings[COPY].seconds, "B/s")
@@ -112,28 +140,27 @@ def compare(case: Case, limits: Ceilings, rounds: int, device: torch.device) -> 
         *(f"- {name} does not run: {reason}" for name, reason in refusals.items()),
     ]
     bars = {f"{case.title}\n{r['name']}": r["over_ours"] for r in rows if r["over_ours"] is not None}
-    return Report("\n".join(lines), rows, bars, "time over ours")
+    return Report("\n".join(lines), rows, bars, "time over ours", errors[OURS].agrees)
 
 
-def agreement(case: Case) -> tuple[dict[str, Error], dict[str, str]]:
+def agreement(case: Case, rounded: float | None = None) -> tuple[dict[str, Error], dict[str, str]]:
     """Each contestant's error, and why those that are not ours do not run, if so.
 
-    It agrees if every result is no further from float64 than the rounding of the precision, or than twice what
-    PyTorch's usual code is.
+    It agrees if every result is no further from float64 than the rounding of the precision (``rounded``, or that of the
+    inputs), or than twice what PyTorch's usual code is.
     """
-    results: dict[str, Results] = {}
-    refusals: dict[str, str] = {}
-    for name, run in case.contestants.items():
-        try:
-            results[name] = run()
-        except RuntimeError as error:  # no second derivative, out of memory
-            if name == OURS:
-                raise
-            refusals[name] = str(error).splitlines()[0]
     truth = case.truth()
-    distances = {name: [distance(*pair) for pair in zip(found, truth, strict=True)] for name, found in results.items()}
+    distances: dict[str, list[float]] = {}
+    refusals: dict[str, str] = {}
+
+    def measure(name: str) -> None:
+        distances[name] = [distance(*pair) for pair in zip(case.contestants[name](), truth, strict=True)]
+
+    for name in case.contestants:
+        if (reason := refused(partial(measure, name), raises=name == OURS)) is not None:
+            refusals[name] = reason
     usual = distances.get(PYTORCH, [0.0] * len(truth))
-    allowed = [max(ROUNDED[case.dtype], 2 * error) for error in usual]
+    allowed = [max(rounded or ROUNDED[case.dtype], 2 * error) for error in usual]
     return {
         name: Error(found, all(error <= most for error, most in zip(found, allowed, strict=True)))
         for name, found in distances.items()
@@ -202,7 +229,7 @@ def sentences(case: Case, timings: Mapping[str, StepTiming], errors: Mapping[str
     for name in (REFERENCE, PYTORCH):
         if name in errors and errors[OURS].agrees and errors[name].agrees:
             yield Comparison(OURS, name, True, "both agree with float64").sentence(timings)
-    for name in case.floors if errors[OURS].agrees else ():
+    for name in case.floors.keys() & timings.keys() if errors[OURS].agrees else ():
         yield f"{OURS}: {timings[OURS].over(timings[name]):.2f} times the time of {name}"
 
 

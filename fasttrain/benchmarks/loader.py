@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -29,8 +29,10 @@ class LoaderBenchConfig(Config):
     loader: LoaderConfig = LoaderConfig()
 
 
-def compare_loaders(config: LoaderBenchConfig, rounds: int) -> Report:
+def compare_loaders(config: LoaderBenchConfig, rounds: int) -> Iterator[Report]:
     """Images (not views) a second: ours with all of the augmentation and without colour, the bare pipeline likewise.
+
+    Yields after every round.
 
     Ours deliver float32 in [0, 1]; the bare ones uint8. FFCV has no colour jitter of its own, so its bare pipeline is
     timed without colour only.
@@ -58,9 +60,9 @@ def compare_loaders(config: LoaderBenchConfig, rounds: int) -> Report:
             )
         contestants["bare DALI, all"] = bare_dali(files, augment, batch, loader.thread_count(), device)
         contestants["bare DALI, crop and flip"] = bare_dali(files, plain, batch, loader.thread_count(), device)
-    timings = alternate(contestants, rounds)
-    rates = {timing.name: timing.rate for timing in timings}
-    return Report(table(timings, "images"), [timing._asdict() for timing in timings], rates, "images/s")
+    for timings in alternate(contestants, rounds):
+        rates = {timing.name: timing.rate for timing in timings}
+        yield Report(table(timings, "images"), [timing._asdict() for timing in timings], rates, "images/s")
 
 
 def _is_utf8(path: str) -> bool:

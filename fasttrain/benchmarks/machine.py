@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from fasttrain.doctor import dali_package, driver
+
 DISTRIBUTIONS = {
-    "torch": "torch",
     "Triton": "triton",
     "numba": "numba",
     "DeepSpeed": "deepspeed",
-    "DALI": "nvidia-dali-cuda120",
     "FFCV": "ffcv",
     "lightly": "lightly",
     "solo-learn": "solo-learn",
@@ -26,7 +27,8 @@ DISTRIBUTIONS = {
 def hardware() -> str:
     """The GPU, or the CPU and how many of its cores this process may use."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        gibibytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        return f"{torch.cuda.get_device_name()}, {gibibytes:.0f} GiB"
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)  # of the last core
     name = facts.get("model name", platform.processor()).strip()
@@ -36,13 +38,20 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, CUDA and the installed libraries that any contestant comes from."""
-    found = {"Python": platform.python_version()}
-    for name, distribution in DISTRIBUTIONS.items():
-        try:
+    """Of Python, the installed libraries that any contestant comes from, and where there is a GPU of what drives it."""
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    distributions = DISTRIBUTIONS | {"DALI": dali_package() or ""}
+    for name, distribution in distributions.items():
+        with suppress(metadata.PackageNotFoundError, ValueError):  # the latter of no name
             found[name] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+    if "DALI" in found:
+        found["DALI"] += f" ({distributions['DALI']})"
     if torch.version.cuda is not None:
         found["CUDA"] = torch.version.cuda
+    if torch.cuda.is_available():
+        found |= {
+            "driver": driver() or "unknown",
+            "cuDNN": str(torch.backends.cudnn.version()),
+            "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
+        }
     return found

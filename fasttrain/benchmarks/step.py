@@ -15,7 +15,7 @@ from fasttrain.attacks import AttackConfig, image_keys
 from fasttrain.attacks.losses import squared_distance
 from fasttrain.attacks.structured import StructuredConfig
 from fasttrain.benchmarks.attack import THREAT, cast, no_lower, passes, published_apgd, ratio
-from fasttrain.benchmarks.cases.contrastive import cross_entropy
+from fasttrain.benchmarks.cases.contrastive import Loss, cross_entropy, nt_xent_peers
 from fasttrain.benchmarks.network import NetworkConfig, Setting, channels_last, plain, setting
 from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, Stopwatch, alternate_steps
 from fasttrain.data import Batch
@@ -69,13 +69,13 @@ class Step:
         hooks = list(self._hooks(stopwatch))
         self.optimizer.zero_grad()
         with cast(self.place, self.autocast):
-            self.loss, self.values = self.module(self.batch)
+            loss, self.values = self.module(self.batch)
         stopwatch.mark("forward")
-        self.loss.backward()
+        loss.backward()
         stopwatch.mark("backward")
         self.optimizer.step()
         stopwatch.mark("optimiser")
-        self.loss = self.loss.detach()
+        self.loss = loss.detach()
         for hook in hooks:
             hook.remove()
 
@@ -111,26 +111,41 @@ class Step:
         self.seen = shown.images.detach()
 
 
-def compare_steps(config: StepBenchConfig, rounds: int) -> Report:
+def compare_steps(config: StepBenchConfig, rounds: int) -> Iterator[Report]:
     """Every step's time over that of the best plain one, the split by part, and FARE's over its floor.
 
     The contrastive steps see two views of each image, FARE one. Ours are channels-last and autocast. The plain ways are
-    contiguous, with torch's own BatchNorm, the losses as one would write them; the plain and the penalty step are
-    autocast like ours, FARE's published code is not. In float64 they are what losses and parameter gradients are held
-    against.
+    contiguous, with torch's own BatchNorm, the losses as one would write them, or a peer's where it is installed; the
+    plain and the penalty step are autocast like ours, FARE's published code is not. In float64 they are what losses and
+    parameter gradients are held against. Yields after every round.
 
     The floor: 10 (F + G) + F + (F + B) and the clean images' (F + B), with F and G of the folded network.
     """
     place = setting(config)
-    steps = _contrastive(config, place) | _fare(place)
-    timings = alternate_steps(steps | _floor_parts(place), rounds, place.steps, place.device, memory=True)
-    comparisons = [
-        _same_step(PLAIN, PLAIN_TORCH, steps),
-        _same_step(PENALTY, PENALTY_TORCH, steps),
-        _no_lower(FARE, FARE_TORCH, steps),
-    ]
+    peers = _peers(config, place)
+    steps = _contrastive(config, place) | peers | _fare(place)
+    pairs = [(PLAIN, PLAIN_TORCH), *((PLAIN, peer) for peer in peers), (PENALTY, PENALTY_TORCH)]
+    contestants, needed = steps | _floor_parts(place), (PLAIN, PENALTY, FARE, FORWARD, GRADIENT, BACKWARD)
+    comparisons = None
+    for timings, refusals in alternate_steps(
+        contestants, rounds, place.steps, place.device, memory=True, needed=needed
+    ):
+        if comparisons is None:  # each step does the same in every round
+            comparisons = [_same_step(ours, theirs, steps) for ours, theirs in pairs if theirs in timings]
+            comparisons += [_no_lower(FARE, FARE_TORCH, steps)] if FARE_TORCH in timings else []
+        yield _report(config, place, timings, refusals, comparisons)
+
+
+def _report(
+    config: StepBenchConfig,
+    place: Setting,
+    timings: Mapping[str, StepTiming],
+    refusals: Mapping[str, str],
+    comparisons: list[Comparison],
+) -> Report:
     floor = _floor({name: timing.seconds for name, timing in timings.items()})
-    best = min(timings[PLAIN], timings[PLAIN_TORCH], key=lambda timing: timing.seconds)
+    plain_ones = [timings[name] for name in (PLAIN, PLAIN_TORCH) if name in timings]
+    best = min(plain_ones, key=lambda timing: timing.seconds)
     bars = {name: timing.over(best) for name, timing in timings.items()} | {FLOOR: floor / best.seconds}
     by_cpu = ""
     if best.cpu:
@@ -144,10 +159,12 @@ def compare_steps(config: StepBenchConfig, rounds: int) -> Report:
         f"- {FARE}: {timings[FARE].seconds / floor:.2f} times its floor, {ITERATIONS} (F + G) + F + 2 (F + B) = "
         f"{floor / best.seconds:.2f} plain steps{by_cpu}",
         *_memory(timings, best),
-        *(f"- {comparison.sentence(timings)}" for comparison in comparisons),
+        *(f"- {comparison.sentence(timings)}" for comparison in comparisons if comparison.reference in timings),
+        *(f"- {name} does not run: {reason}" for name, reason in refusals.items()),
     ]
     rows = [timing.row() for timing in timings.values()] + [{"name": FLOOR, "seconds": floor}]
-    return Report("\n".join(lines), rows, bars, "time over the best plain step")
+    agree = all(comparison.agrees for comparison in comparisons)
+    return Report("\n".join(lines), rows, bars, "time over the best plain step", agree)
 
 
 def _contrastive(config: StepBenchConfig, place: Setting) -> dict[str, Step]:
@@ -175,6 +192,19 @@ def _contrastive(config: StepBenchConfig, place: Setting) -> dict[str, Step]:
             nt_xent(tau), structured(StructuredConfig(), place.encoder.backbone.num_features)
         ),
     }
+
+
+def _peers(config: StepBenchConfig, place: Setting) -> dict[str, Step]:
+    """The plain step with the NT-Xent of each other library that is installed."""
+
+    def step(loss: Loss) -> Step:
+        def objective(encoded: Encoded, batch: Batch) -> Tensor:
+            return loss(encoded.projections) / len(encoded.projections)
+
+        return Step(TrainStep(plain(place.encoder), [Term("simclr", objective)]), place.batch(2), place)
+
+    losses = nt_xent_peers(config.temperature, len(place.images) // 2, place.device)
+    return {f"plain, {name}": step(loss) for name, loss in losses.items()}
 
 
 def _fare(place: Setting) -> dict[str, Step]:
@@ -304,7 +334,8 @@ def _no_lower(ours: str, reference: str, steps: Mapping[str, Step]) -> Compariso
 def _memory(timings: Mapping[str, StepTiming], best: StepTiming) -> Iterator[str]:
     """The penalty steps' peak memory over that of the best plain step."""
     if best.memory:
-        ratios = [f"{name} {timings[name].memory / best.memory:.2f}" for name in (PENALTY, PENALTY_TORCH)]
+        steps = [name for name in (PENALTY, PENALTY_TORCH) if name in timings]
+        ratios = [f"{name} {timings[name].memory / best.memory:.2f}" for name in steps]
         yield f"- peak memory over the best plain step's: {'; '.join(ratios)}"
 
 

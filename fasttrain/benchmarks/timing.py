@@ -6,7 +6,8 @@ import io
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,12 +20,13 @@ ROUND_SECONDS = 0.2
 
 
 class Report(NamedTuple):
-    """What a benchmark found."""
+    """What a benchmark has found so far."""
 
     text: str  # Markdown
     rows: list[dict[str, Any]]  # the same with every round, for the JSON file
     bars: dict[str, float]  # name -> length, for the chart
-    unit: str  # of the bars
+    unit: str  # of the bars; without one there is no chart
+    passed: bool = True  # False where something was found wrong, not only slow
 
 
 class Timing(NamedTuple):
@@ -39,24 +41,27 @@ class Timing(NamedTuple):
         return statistics.median(self.rates)
 
 
-def alternate(contestants: dict[str, Callable[[], int]], rounds: int) -> list[Timing]:
-    """Run each contestant once to warm up, then ``rounds`` times in turn; each returns how many items it did."""
+def alternate(contestants: dict[str, Callable[[], int]], rounds: int) -> Iterator[list[Timing]]:
+    """Run each contestant once to warm up, then ``rounds`` times in turn; each returns how many items it did.
+
+    Yields after every round.
+    """
     for run in contestants.values():
         run()
     timings = {name: Timing(name, [], []) for name in contestants}
-    for name, run in _turns(contestants, rounds, pause=0.3):  # what another's threads decode ahead ends
-        wall, cpu = time.perf_counter(), time.process_time()
-        items = run()
-        timings[name].rates.append(items / (time.perf_counter() - wall))
-        timings[name].cpu.append((time.process_time() - cpu) / items * 1000)
-    return list(timings.values())
-
-
-def _turns(contestants: Mapping[str, C], rounds: int, pause: float) -> Iterator[tuple[str, C]]:
     for _ in range(rounds):
-        for turn in contestants.items():
-            time.sleep(pause)
-            yield turn
+        for name, run in _turns(contestants, pause=0.3):  # what another's threads decode ahead ends
+            wall, cpu = time.perf_counter(), time.process_time()
+            items = run()
+            timings[name].rates.append(items / (time.perf_counter() - wall))
+            timings[name].cpu.append((time.process_time() - cpu) / items * 1000)
+        yield list(timings.values())
+
+
+def _turns(contestants: Mapping[str, C], pause: float) -> Iterator[tuple[str, C]]:
+    for turn in contestants.items():
+        time.sleep(pause)
+        yield turn
 
 
 class Stopwatch:
@@ -141,29 +146,46 @@ class StepTiming(NamedTuple):
         return self._asdict() | {"seconds": self.seconds, "shares": self.shares()}
 
 
+class Standing(NamedTuple):
+    """Where contestants stand after a round."""
+
+    timings: dict[str, StepTiming]
+    refusals: dict[str, str]  # who left, and why
+
+
 def alternate_steps(
     contestants: Mapping[str, Callable[[Stopwatch], None]],
     rounds: int,
     steps: int | None,
     device: torch.device,
     memory: bool = False,
-) -> dict[str, StepTiming]:
+    needed: Collection[str] = (),
+    before_round: Callable[[], None] = lambda: None,
+) -> Iterator[Standing]:
     """Run each contestant once to warm up, then ``rounds`` times in turn; each marks its parts.
+
+    Yields after every round. One that raises a RuntimeError, out of memory say, leaves.
 
     Args:
         steps: of each contestant a round; ``None``: as many as take 0.2 s, up to 100.
         memory: whether to find each one's peak memory, in a run that is not timed.
+        needed: whose failure is raised.
+        before_round: called, untimed, before the warm-up and every round.
     """
     stopwatch = Stopwatch(device)
-    for step in contestants.values():
-        step(stopwatch)
     timings = {name: StepTiming(name, [], []) for name in contestants}
+    refusals: dict[str, str] = {}
     counts = dict.fromkeys(contestants, steps or 1)
-    for name, step in contestants.items() if memory or steps is None else ():
 
-        def once(step: Callable[[Stopwatch], None] = step) -> None:
+    def attempt(name: str, run: Callable[[], None]) -> None:
+        if (refusal := refused(run, raises=name in needed)) is not None:
+            refusals[name] = refusal
+            del timings[name]
+
+    def try_out(name: str) -> None:
+        def once() -> None:
             stopwatch.start()
-            step(stopwatch)
+            contestants[name](stopwatch)
 
         if memory:
             timings[name] = timings[name]._replace(memory=peak_memory(once, device))
@@ -171,20 +193,48 @@ def alternate_steps(
             once()
         if steps is None:
             counts[name] = min(math.ceil(ROUND_SECONDS / sum(stopwatch.read().values())), 100)
-    for name, step in _turns(contestants, rounds, pause=0.03):
-        count = counts[name]
+
+    def take(name: str) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         cpu = time.process_time()
         stopwatch.start()
-        for _ in range(count):
-            step(stopwatch)
+        for _ in range(counts[name]):
+            contestants[name](stopwatch)
         parts = stopwatch.read()
         cpu = time.process_time() - cpu
-        timings[name].parts.append({part: seconds / count for part, seconds in parts.items()})
+        timings[name].parts.append({part: seconds / counts[name] for part, seconds in parts.items()})
         if device.type == "cpu":
-            timings[name].cpu.append(cpu / count)
-    return timings
+            timings[name].cpu.append(cpu / counts[name])
+
+    before_round()
+    for name, step in contestants.items():
+        attempt(name, partial(step, stopwatch))
+    for name in list(timings) if memory or steps is None else ():
+        attempt(name, partial(try_out, name))
+    for _ in range(rounds):
+        before_round()
+        for name, _ in _turns(dict(timings), pause=0.03):
+            attempt(name, partial(take, name))
+        yield Standing(dict(timings), dict(refusals))
+
+
+def refused(run: Callable[[], object], raises: bool = False) -> str | None:
+    """Why ``run`` does not run, out of memory or without a second derivative say; ``None`` where it does.
+
+    Raises:
+        RuntimeError: that, if ``raises``.
+    """
+    try:
+        run()
+        return None
+    except RuntimeError as error:  # torch's OutOfMemoryError is one
+        if raises:
+            raise
+        reason = (str(error) or repr(error)).splitlines()[0]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of what it held, now that its frames are gone
+    return reason
 
 
 class Comparison(NamedTuple):

@@ -254,7 +254,11 @@ class DaliSource:
         return bool(failed)
 
     def _build(self, batch_size: int) -> Pipeline:
-        decoding = dict(device="cpu" if self._gpu is None else "mixed", **DECODING)
+        decoding = dict(device="cpu", **DECODING)
+        if self._gpu is not None:
+            # By default a share of each batch goes to the JPEG engines and the rest to another decoder, and an image
+            # could depend, by a grey level, on its place in the batch. At 1 the engines take all that they can.
+            decoding |= dict(device="mixed", hw_decoder_load=1.0)
 
         def external(name: str, dtype: types.DALIDataType, ndim: int) -> DataNode:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
