@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from fasttrain.models.frozen import FrozenChain, FrozenMaxPool
 from fasttrain.models.resnet import BasicBlock, Bottleneck, FewShotBlock, ResNet
 
 M = TypeVar("M", bound=nn.Module)
+Pair = tuple[nn.Module, _BatchNorm]  # a convolution or linear layer, and the BatchNorm after it
 
 
 def fold_batchnorm(encoder: Encoder) -> Encoder:
@@ -24,19 +26,23 @@ def fold_batchnorm(encoder: Encoder) -> Encoder:
         BN(w ∗ x + b) = (s w) ∗ x + (β + s (b − μ))
 
     It equals the encoder to rounding and is differentiable once in the images. Its weights are constants, taken from
-    the encoder at this call: call again once they have changed (the cost is a few passes over them). The encoder and
-    its hooks are left alone. Residual blocks and stem are fused (:class:`FrozenChain`), which may change the memory
-    format of the stages; features are float32 under autocast, too.
+    the encoder at this call: call again once they have changed (the cost is a few passes over them). Under autocast
+    they are rounded to its type here, once; what is folded there is for use there. The encoder and its hooks are left
+    alone. Residual blocks and stem are fused (:class:`FrozenChain`), which may change the memory format of the stages;
+    features are float32 under autocast, too.
 
     Raises:
         ValueError: a BatchNorm that does not directly follow a convolution or a linear layer.
     """
     with torch.no_grad():
-        return _folded(encoder)
+        pairs: list[Pair] = []
+        twin = _folded(encoder, pairs)
+        _fold(twin, pairs)
+        return twin
 
 
-def _folded(module: M) -> M:
-    """A copy in evaluation mode, its tensors shared or folded, none of them a parameter."""
+def _folded(module: M, pairs: list[Pair]) -> M:
+    """A copy in evaluation mode, its tensors shared, none of them a parameter; ``pairs`` receives what is to fold."""
     twin = copy.copy(module)
     # hooks belong to the original: an engine's would gather weights and reduce gradients
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -50,9 +56,9 @@ def _folded(module: M) -> M:
         if isinstance(child, _BatchNorm):
             if layer is None:
                 raise ValueError(f"cannot fold BatchNorm '{name}': no convolution or linear layer directly before it")
-            _fold(layer, child)
+            pairs.append((layer, child))
             child = nn.Identity()
-        twin._modules[name] = child if child is None else _fused(_folded(child))
+        twin._modules[name] = child if child is None else _fused(_folded(child, pairs))
         layer = twin._modules[name] if isinstance(child, (nn.Conv2d, nn.Linear)) else None
     return twin
 
@@ -68,9 +74,11 @@ def _fused(twin: nn.Module) -> nn.Module:
     if isinstance(twin, ResNet):
         twin.avgpool = _WideAverage()
         if rectified:  # it has a stem
-            twin.conv1, twin.relu = FrozenChain([twin.conv1]), nn.Identity()
+            twin.conv1, twin.relu = FrozenChain([twin.conv1], sees_images=True), nn.Identity()
             if isinstance(twin.maxpool, nn.MaxPool2d):
                 twin.maxpool = FrozenMaxPool(twin.maxpool)
+        elif not hasattr(twin, "conv1") and isinstance(twin.layer1[0][0], FrozenChain):
+            twin.layer1[0][0].sees_images = True
     return twin
 
 
@@ -85,16 +93,39 @@ class _WideAverage(nn.Module):
         return x.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
-    bias = scale * bias
-    if norm.bias is not None:
-        bias = bias + norm.bias
-    layer._buffers["weight"] = layer.weight * scale.view(-1, *[1] * (layer.weight.dim() - 1))
-    layer._buffers["bias"] = bias
+def _fold(twin: Encoder, pairs: Sequence[Pair]) -> None:
+    """Write what ``pairs`` fold to into their layers, in a few operations for all of them together."""
+    layers, norms = zip(*pairs, strict=True)
+    deviations = torch._foreach_sqrt(torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms]))
+    scales = torch._foreach_div([_or(n.weight, n.running_var, 1.0) for n in norms], deviations)
+    means = [n.running_mean if x.bias is None else n.running_mean - x.bias for x, n in pairs]
+    biases = torch._foreach_addcmul([_or(n.bias, n.running_mean, 0.0) for n in norms], scales, means, value=-1)
+    types = _types(twin)
+    for layer, scale, bias in zip(layers, scales, biases, strict=True):
+        scale = scale.view(-1, *[1] * (layer.weight.dim() - 1))
+        weight = torch.empty_like(layer.weight, dtype=types[layer])
+        layer._buffers |= {"weight": torch.mul(layer.weight, scale, out=weight), "bias": bias}
+    wide = [(x, name) for x in types for name, t in x._buffers.items() if t is not None and t.dtype != types[x]]
+    if wide:
+        rounded = [torch.empty_like(x._buffers[name], dtype=types[x]) for x, name in wide]
+        torch._foreach_copy_(rounded, [x._buffers[name] for x, name in wide])
+        for (layer, name), tensor in zip(wide, rounded, strict=True):
+            layer._buffers[name] = tensor
+
+
+def _types(twin: Encoder) -> dict[nn.Module, torch.dtype]:
+    """The type of each convolution and linear layer: autocast's, where it is on, but for those that see images."""
+    kind = twin.scale.device.type
+    exact = {layer for chain in twin.modules() if isinstance(chain, FrozenChain) for layer in chain.of_images}
+    types = {layer: layer.weight.dtype for layer in twin.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    if not torch.is_autocast_enabled(kind):
+        return types
+    narrow = torch.get_autocast_dtype(kind)
+    return {x: narrow if dtype == torch.float32 and x not in exact else dtype for x, dtype in types.items()}
+
+
+def _or(values: Tensor | None, like: Tensor, value: float) -> Tensor:
+    return torch.full_like(like, value) if values is None else values
 
 
 __all__ = ["fold_batchnorm"]

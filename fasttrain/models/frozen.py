@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from fasttrain.models import cudnn
+from fasttrain.models.cudnn import Constant
 
 FEWEST_IMAGES = 8
 "With fewer the layout of the fused path is too short where it should be long."
@@ -18,48 +22,97 @@ FEWEST_IMAGES = 8
 class FrozenChain(nn.Module):
     """y = a(c_n(… a(c_1(x)) …) + s(x)) for convolutions c and s with constant weights and biases.
 
-    On a CPU with AVX-512, in float32 or bfloat16 (by autocast, too) and from 8 images on, it runs as oneDNN's
-    convolutions with bias, sum and activation fused, weights reordered once, over the dimensions (height, width, image)
-    instead of (image, height, width): nothing is then computed for zero padding, which on a 4x4 map is a third of a
-    3x3 convolution. There it is differentiable once, in x. Elsewhere it is the composition of PyTorch's operations.
+    It computes in the weights' type, under autocast in autocast's, and is differentiable once, in x. There are three
+    forms, the same but for rounding:
+
+    - On a CPU with AVX-512, in float32 or bfloat16 and from 8 images on, oneDNN's convolutions with bias, sum and
+      activation fused, weights reordered once, over the dimensions (height, width, image) instead of (image, height,
+      width): nothing is then computed for zero padding, which on a 4x4 map is a third of a 3x3 convolution.
+    - On a GPU cuDNN's, fused likewise, where they fit (:mod:`fasttrain.models.cudnn`).
+    - Elsewhere the composition of PyTorch's operations.
 
     Args:
         layers: c_1, …, c_n, without dilation or groups, padded by less than their kernels.
         shortcut: s, a convolution or ``nn.Identity``; ``None`` for no sum.
         slope: of the (leaky) ReLU a below zero.
+        sees_images: x are images, of whose changes 16 bits would leave too little (:func:`in_two_terms`).
     """
 
-    def __init__(self, layers: list[nn.Conv2d], shortcut: nn.Module | None = None, slope: float = 0.0) -> None:
+    def __init__(
+        self,
+        layers: list[nn.Conv2d],
+        shortcut: nn.Module | None = None,
+        slope: float = 0.0,
+        sees_images: bool = False,
+    ) -> None:
         super().__init__()
         self.layers, self.shortcut, self.slope = nn.ModuleList(layers), shortcut, slope
+        self.sees_images = sees_images
+        self._constants: dict[torch.dtype, _Constants] = {}
         self._packed: dict[tuple, tuple[list[_Convolution], _Convolution | None]] = {}
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        known = self.layers[0].weight.dtype == (torch.float32 if autocast else dtype)
-        if x.device.type != "cpu" or len(x) < FEWEST_IMAGES or not known or not _fuses(dtype):
-            return self._composed(x)
-        key = dtype, *x.shape[2:]
-        if key not in self._packed:
-            self._packed[key] = self._pack(_images_inside(x).shape, dtype)
-        return _Fused.apply(x.to(dtype), *self._packed[key], self.shortcut is not None, self.slope)
+        dtype = self._computes_in(x)
+        if dtype not in self._constants:
+            self._constants[dtype] = self._in(dtype)
+        layers, shortcut, x_in_two_terms = self._constants[dtype]
+        x = in_two_terms(x, dtype) if x_in_two_terms else x.to(dtype)
+        residual = self.shortcut is not None
+        if x.device.type == "cpu" and len(x) >= FEWEST_IMAGES and _fuses(dtype):
+            key = dtype, *x.shape[2:]
+            if key not in self._packed:
+                self._packed[key] = _pack(layers, shortcut, _images_inside(x).shape)
+            return _Fused.apply(x, *self._packed[key], residual, self.slope)
+        if self.slope == 0 and cudnn.fuses(x):
+            return cudnn.chain(x, layers, shortcut, residual)
+        return self._composed(x, layers, shortcut)
 
-    def _composed(self, x: Tensor) -> Tensor:
-        *first, last = self.layers
+    def _computes_in(self, x: Tensor) -> torch.dtype:
+        weights = self.layers[0].weight.dtype
+        if weights != torch.float64 and torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return weights
+
+    @property
+    def of_images(self) -> list[nn.Conv2d]:
+        """The convolutions of images; none where the identity sees them too."""
+        if not self.sees_images or isinstance(self.shortcut, nn.Identity):
+            return []
+        return [self.layers[0], *([] if self.shortcut is None else [self.shortcut])]
+
+    def _in(self, dtype: torch.dtype) -> _Constants:
+        """The convolutions in ``dtype``, to which their weights are rounded once; the last has the shortcut's bias."""
+        shortcut = self.shortcut if isinstance(self.shortcut, nn.Conv2d) else None
+        in_terms = bool(self.of_images) and dtype.itemsize == 2
+
+        def constant(layer: nn.Conv2d, bias: Tensor | None) -> Constant:
+            terms = in_terms and layer in self.of_images
+            weight = weight_of_two_terms(layer.weight, dtype) if terms else layer.weight.to(dtype)
+            return Constant(weight, None if bias is None else bias.to(dtype), layer.stride, layer.padding)
+
+        with torch.no_grad():
+            biases = [layer.bias for layer in self.layers]
+            if shortcut is not None:
+                biases[-1] = biases[-1] + shortcut.bias
+            layers = [constant(layer, bias) for layer, bias in zip(self.layers, biases, strict=True)]
+            return _Constants(layers, None if shortcut is None else constant(shortcut, None), in_terms)
+
+    def _composed(self, x: Tensor, layers: list[Constant], shortcut: Constant | None) -> Tensor:
+        *first, last = layers
         y = x
         for layer in first:
             y = F.leaky_relu_(layer(y), self.slope)
         y = last(y)
-        return F.leaky_relu_(y if self.shortcut is None else y + self.shortcut(x), self.slope)
+        if self.shortcut is not None:
+            y = y + (x if shortcut is None else shortcut(x))
+        return F.leaky_relu_(y, self.slope)
 
-    def _pack(self, shape: torch.Size, dtype: torch.dtype) -> tuple[list[_Convolution], _Convolution | None]:
-        shortcut = _Convolution(self.shortcut, shape, dtype) if isinstance(self.shortcut, nn.Conv2d) else None
-        layers: list[_Convolution] = []
-        for layer in self.layers:
-            layers.append(_Convolution(layer, layers[-1].outputs if layers else shape, dtype))
-        return layers, shortcut
+
+class _Constants(NamedTuple):
+    layers: list[Constant]
+    shortcut: Constant | None
+    x_in_two_terms: bool
 
 
 class FrozenMaxPool(nn.Module):
@@ -74,6 +127,50 @@ class FrozenMaxPool(nn.Module):
             return self.pool(x)
         size, stride, padding = ((n, n) for n in (self.pool.kernel_size, self.pool.stride, self.pool.padding))
         return _images_outside(F.max_pool3d(_images_inside(x), (*size, 1), (*stride, 1), (*padding, 0)))
+
+
+IMAGE_CHANNELS = 16
+"Of images in two terms: three times their own, and none on top, for kernels that read eight channels at once."
+
+
+def in_two_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images [N, C, H, W] in a type of 16 bits, as x_h, x_l, x_h: :data:`IMAGE_CHANNELS`, the rest 0.
+
+    x_h is x rounded, x_l what is then lacking, rounded. With weights w_h, w_h, w_l over the same channels the
+    convolution is w x to 16 bits of x and w, but for w_l x_l. An attack's whole change of an image is a few hundredths,
+    and bfloat16 numbers near 1 lie 1/256 apart. The gradient is that of x_h, all that 16 bits hold of it.
+    """
+    return _TwoTerms.apply(x, dtype)
+
+
+def weight_of_two_terms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [K, C, h, w] -> [K, :data:`IMAGE_CHANNELS`, h, w] for images in two terms."""
+    channels = weight.shape[1]
+    high = weight.to(dtype)
+    terms = weight.new_zeros(
+        (len(weight), IMAGE_CHANNELS, *weight.shape[2:]), dtype=dtype
+    ).contiguous(memory_format=torch.channels_last)
+    for place, term in enumerate((high, high, weight - high)):
+        terms[:, place * channels : (place + 1) * channels] = term
+    return terms
+
+
+class _TwoTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.channels, ctx.dtype = x.shape[1], x.dtype
+        shape = len(x), IMAGE_CHANNELS, *x.shape[2:]
+        terms = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last).zero_()
+        high, low, again = terms[:, : 3 * ctx.channels].chunk(3, dim=1)
+        high.copy_(x)
+        torch.sub(x, high, out=low)
+        again.copy_(high)
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        return g[:, : ctx.channels].to(ctx.dtype), None
 
 
 class _Fused(torch.autograd.Function):
@@ -116,9 +213,8 @@ class _Convolution:
         g_x[s a + r] = Σ_t w_t g[a + (r + p − t) / s]        over the taps t for which that is a whole number
     """
 
-    def __init__(self, layer: nn.Conv2d, inputs: torch.Size, dtype: torch.dtype) -> None:
-        self.weight = layer.weight.to(dtype)[..., None]
-        self.bias = layer.bias.to(dtype)
+    def __init__(self, layer: Constant, inputs: torch.Size) -> None:
+        self.weight, self.bias = layer.weight[..., None], layer.bias
         self.stride, self.padding = (*layer.stride, 1), (*layer.padding, 0)
         sizes = zip(inputs[2:], self.weight.shape[2:], self.stride, self.padding, strict=True)
         self.inputs = inputs
@@ -191,6 +287,15 @@ def _axis_phases(size: int, out_size: int, kernel: int, stride: int, padding: in
             first, last = ((phase + padding - tap) // stride for tap in (taps[0], taps[-1]))
             around = max(-first, last + count - out_size, 0)
             yield slice(phase, None, stride), taps, around, slice(first + around, first + around + count)
+
+
+def _pack(
+    layers: list[Constant], shortcut: Constant | None, shape: torch.Size
+) -> tuple[list[_Convolution], _Convolution | None]:
+    packed: list[_Convolution] = []
+    for layer in layers:
+        packed.append(_Convolution(layer, packed[-1].outputs if packed else shape))
+    return packed, None if shortcut is None else _Convolution(shortcut, shape)
 
 
 def _convolved(x, weight, bias, stride, padding, slope: float | None) -> Tensor:
