@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasttrain.models import Encoder
@@ -38,6 +39,9 @@ def fold_batchnorm(encoder: Encoder) -> Encoder:
         pairs: list[Pair] = []
         twin = _folded(encoder, pairs)
         _fold(twin, pairs)
+        for holder, name in ((twin, "head"), (twin, "predictor"), (twin.backbone, "fc")):
+            if getattr(holder, name, None) is not None:
+                setattr(holder, name, _Wide(getattr(holder, name)))
         return twin
 
 
@@ -90,7 +94,35 @@ class _WideAverage(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        return _Average.apply(x)
+
+
+class _Average(torch.autograd.Function):
+    """PyTorch's gradient of an average into another type writes one number a pixel, twice; here it is one an image."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         return x.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> Tensor:
+        share = torch.empty_like(g, dtype=ctx.dtype)
+        return torch.div(g, ctx.shape[2:].numel(), out=share).expand(ctx.shape)
+
+
+class _Wide(nn.Module):
+    """A head outside autocast, on features that are float32: their rounding, and its casts, cost more than it."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self.eval()
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features)
 
 
 def _fold(twin: Encoder, pairs: Sequence[Pair]) -> None:
@@ -100,28 +132,29 @@ def _fold(twin: Encoder, pairs: Sequence[Pair]) -> None:
     scales = torch._foreach_div([_or(n.weight, n.running_var, 1.0) for n in norms], deviations)
     means = [n.running_mean if x.bias is None else n.running_mean - x.bias for x, n in pairs]
     biases = torch._foreach_addcmul([_or(n.bias, n.running_mean, 0.0) for n in norms], scales, means, value=-1)
-    types = _types(twin)
+    types = _types(twin, layers)
     for layer, scale, bias in zip(layers, scales, biases, strict=True):
         scale = scale.view(-1, *[1] * (layer.weight.dim() - 1))
         weight = torch.empty_like(layer.weight, dtype=types[layer])
         layer._buffers |= {"weight": torch.mul(layer.weight, scale, out=weight), "bias": bias}
-    wide = [(x, name) for x in types for name, t in x._buffers.items() if t is not None and t.dtype != types[x]]
+    wide = [x for x in layers if x.bias.dtype != types[x]]
     if wide:
-        rounded = [torch.empty_like(x._buffers[name], dtype=types[x]) for x, name in wide]
-        torch._foreach_copy_(rounded, [x._buffers[name] for x, name in wide])
-        for (layer, name), tensor in zip(wide, rounded, strict=True):
-            layer._buffers[name] = tensor
+        rounded = [torch.empty_like(x.bias, dtype=types[x]) for x in wide]
+        torch._foreach_copy_(rounded, [x.bias for x in wide])
+        for layer, bias in zip(wide, rounded, strict=True):
+            layer._buffers["bias"] = bias
 
 
-def _types(twin: Encoder) -> dict[nn.Module, torch.dtype]:
-    """The type of each convolution and linear layer: autocast's, where it is on, but for those that see images."""
+def _types(twin: Encoder, layers: Sequence[nn.Module]) -> dict[nn.Module, torch.dtype]:
+    """The type for each of ``layers``: autocast's, where it is on, for convolutions but those of images."""
     kind = twin.scale.device.type
-    exact = {layer for chain in twin.modules() if isinstance(chain, FrozenChain) for layer in chain.of_images}
-    types = {layer: layer.weight.dtype for layer in twin.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
-    if not torch.is_autocast_enabled(kind):
-        return types
-    narrow = torch.get_autocast_dtype(kind)
-    return {x: narrow if dtype == torch.float32 and x not in exact else dtype for x, dtype in types.items()}
+    types = {layer: layer.weight.dtype for layer in layers}
+    if torch.is_autocast_enabled(kind):
+        exact = {layer for chain in twin.modules() if isinstance(chain, FrozenChain) for layer in chain.of_images}
+        for layer, dtype in types.items():
+            if isinstance(layer, nn.Conv2d) and dtype == torch.float32 and layer not in exact:
+                types[layer] = torch.get_autocast_dtype(kind)
+    return types
 
 
 def _or(values: Tensor | None, like: Tensor, value: float) -> Tensor:
