@@ -148,7 +148,8 @@ def _complaint(x: Tensor, layer: Constant, adds: bool) -> str | None:
             y = fused(x, layer, z)
     except RuntimeError as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    error, size = (float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in (y - expected, expected))
+    wide = torch.promote_types(y.dtype, torch.float32)
+    error, size = (float(torch.linalg.vector_norm(t, dtype=wide)) for t in (y - expected, expected))
     return None if error < TOLERANCE * size else f"its result is {error / size:.1e} from theirs"
 
 

@@ -12,14 +12,27 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasttrain.models import Encoder
-from fasttrain.models.frozen import FrozenChain, FrozenMaxPool
+from fasttrain.models.frozen import FrozenChain, FrozenMaxPool, in_two_terms
 from fasttrain.models.resnet import BasicBlock, Bottleneck, FewShotBlock, ResNet
 
 M = TypeVar("M", bound=nn.Module)
 Pair = tuple[nn.Module, _BatchNorm]  # a convolution or linear layer, and the BatchNorm after it
 
 
-def fold_batchnorm(encoder: Encoder) -> Encoder:
+class Folded(Encoder):
+    """What :func:`fold_batchnorm` makes of an encoder; under autocast its first convolutions see images unrounded."""
+
+    exact_images: bool
+
+    def normalised(self, images: Tensor) -> Tensor:
+        kind = images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+        if self.exact_images and dtype.itemsize == 2 and images.dtype == torch.float32:
+            return in_two_terms(images, self.scale, self.shift, dtype)
+        return super().normalised(images)
+
+
+def fold_batchnorm(encoder: Encoder) -> Folded:
     """A copy of the encoder in evaluation mode without its BatchNorms, for the many passes of an attack.
 
     With s = γ / √(σ² + ε) a channel, from the running statistics and whatever mode the encoder is in::
@@ -38,6 +51,7 @@ def fold_batchnorm(encoder: Encoder) -> Encoder:
     with torch.no_grad():
         pairs: list[Pair] = []
         twin = _folded(encoder, pairs)
+        twin.__class__, twin.exact_images = Folded, bool(_of_images(twin))
         _fold(twin, pairs)
         for holder, name in ((twin, "head"), (twin, "predictor"), (twin.backbone, "fc")):
             if getattr(holder, name, None) is not None:
@@ -78,11 +92,13 @@ def _fused(twin: nn.Module) -> nn.Module:
     if isinstance(twin, ResNet):
         twin.avgpool = _WideAverage()
         if rectified:  # it has a stem
-            twin.conv1, twin.relu = FrozenChain([twin.conv1], sees_images=True), nn.Identity()
+            twin.conv1, twin.relu = FrozenChain([twin.conv1]), nn.Identity()
             if isinstance(twin.maxpool, nn.MaxPool2d):
                 twin.maxpool = FrozenMaxPool(twin.maxpool)
-        elif not hasattr(twin, "conv1") and isinstance(twin.layer1[0][0], FrozenChain):
-            twin.layer1[0][0].sees_images = True
+        first = twin.conv1 if hasattr(twin, "conv1") else twin.layer1[0]
+        first = first[0] if isinstance(first, nn.Sequential) else first
+        if isinstance(first, FrozenChain):
+            first.sees_images = True
     return twin
 
 
@@ -150,11 +166,16 @@ def _types(twin: Encoder, layers: Sequence[nn.Module]) -> dict[nn.Module, torch.
     kind = twin.scale.device.type
     types = {layer: layer.weight.dtype for layer in layers}
     if torch.is_autocast_enabled(kind):
-        exact = {layer for chain in twin.modules() if isinstance(chain, FrozenChain) for layer in chain.of_images}
+        exact = _of_images(twin)
         for layer, dtype in types.items():
             if isinstance(layer, nn.Conv2d) and dtype == torch.float32 and layer not in exact:
                 types[layer] = torch.get_autocast_dtype(kind)
     return types
+
+
+def _of_images(twin: Encoder) -> set[nn.Module]:
+    """The convolutions of images in the folded network, as far as they are fused."""
+    return {layer for chain in twin.backbone.modules() if isinstance(chain, FrozenChain) for layer in chain.of_images}
 
 
 def _or(values: Tensor | None, like: Tensor, value: float) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ class FrozenChain(nn.Module):
         layers: c_1, …, c_n, without dilation or groups, padded by less than their kernels.
         shortcut: s, a convolution or ``nn.Identity``; ``None`` for no sum.
         slope: of the (leaky) ReLU a below zero.
-        sees_images: x are images, of whose changes 16 bits would leave too little (:func:`in_two_terms`).
+        sees_images: x are images, which may come in two terms (:func:`in_two_terms`).
     """
 
     def __init__(
@@ -48,19 +47,18 @@ class FrozenChain(nn.Module):
         super().__init__()
         self.layers, self.shortcut, self.slope = nn.ModuleList(layers), shortcut, slope
         self.sees_images = sees_images
-        self._constants: dict[torch.dtype, _Constants] = {}
+        self._constants: dict[tuple, tuple[list[Constant], Constant | None]] = {}
         self._packed: dict[tuple, tuple[list[_Convolution], _Convolution | None]] = {}
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self._computes_in(x)
-        if dtype not in self._constants:
-            self._constants[dtype] = self._in(dtype)
-        layers, shortcut, x_in_two_terms = self._constants[dtype]
-        x = in_two_terms(x, dtype) if x_in_two_terms else x.to(dtype)
-        residual = self.shortcut is not None
+        dtype, channels = self._computes_in(x), x.shape[1]
+        if (dtype, channels) not in self._constants:
+            self._constants[dtype, channels] = self._in(dtype, channels)
+        layers, shortcut = self._constants[dtype, channels]
+        x, residual = x.to(dtype), self.shortcut is not None
         if x.device.type == "cpu" and len(x) >= FEWEST_IMAGES and _fuses(dtype):
-            key = dtype, *x.shape[2:]
+            key = dtype, *x.shape[1:]
             if key not in self._packed:
                 self._packed[key] = _pack(layers, shortcut, _images_inside(x).shape)
             return _Fused.apply(x, *self._packed[key], residual, self.slope)
@@ -81,10 +79,10 @@ class FrozenChain(nn.Module):
             return []
         return [self.layers[0], *([] if self.shortcut is None else [self.shortcut])]
 
-    def _in(self, dtype: torch.dtype) -> _Constants:
+    def _in(self, dtype: torch.dtype, channels: int) -> tuple[list[Constant], Constant | None]:
         """The convolutions in ``dtype``, to which their weights are rounded once; the last has the shortcut's bias."""
         shortcut = self.shortcut if isinstance(self.shortcut, nn.Conv2d) else None
-        in_terms = bool(self.of_images) and dtype.itemsize == 2
+        in_terms = bool(self.of_images) and channels == IMAGE_CHANNELS
 
         def constant(layer: nn.Conv2d, bias: Tensor | None) -> Constant:
             terms = in_terms and layer in self.of_images
@@ -96,7 +94,7 @@ class FrozenChain(nn.Module):
             if shortcut is not None:
                 biases[-1] = biases[-1] + shortcut.bias
             layers = [constant(layer, bias) for layer, bias in zip(self.layers, biases, strict=True)]
-            return _Constants(layers, None if shortcut is None else constant(shortcut, None), in_terms)
+            return layers, None if shortcut is None else constant(shortcut, None)
 
     def _composed(self, x: Tensor, layers: list[Constant], shortcut: Constant | None) -> Tensor:
         *first, last = layers
@@ -107,12 +105,6 @@ class FrozenChain(nn.Module):
         if self.shortcut is not None:
             y = y + (x if shortcut is None else shortcut(x))
         return F.leaky_relu_(y, self.slope)
-
-
-class _Constants(NamedTuple):
-    layers: list[Constant]
-    shortcut: Constant | None
-    x_in_two_terms: bool
 
 
 class FrozenMaxPool(nn.Module):
@@ -130,47 +122,41 @@ class FrozenMaxPool(nn.Module):
 
 
 IMAGE_CHANNELS = 16
-"Of images in two terms: three times their own, and none on top, for kernels that read eight channels at once."
+"Of images in two terms: kernels read eight channels at once."
 
 
-def in_two_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images [N, C, H, W] in a type of 16 bits, as x_h, x_l, x_h: :data:`IMAGE_CHANNELS`, the rest 0.
+def in_two_terms(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """x = scale · images + shift [N, 3, H, W] in a type of 16 bits, as x_h, x_l, x_h and fill: :data:`IMAGE_CHANNELS`.
 
-    x_h is x rounded, x_l what is then lacking, rounded. With weights w_h, w_h, w_l over the same channels the
-    convolution is w x to 16 bits of x and w, but for w_l x_l. An attack's whole change of an image is a few hundredths,
-    and bfloat16 numbers near 1 lie 1/256 apart. The gradient is that of x_h, all that 16 bits hold of it.
+    x_h is x rounded, x_l what it lacks, rounded. With weights w_h, w_h, w_l and 0 over the same channels a convolution
+    is w x but for w_l x_l. The whole of an attack's change to an image is a few hundredths, and bfloat16 numbers near
+    1 lie 1/256 apart. The gradient is that of the first x_h.
     """
-    return _TwoTerms.apply(x, dtype)
+    return _TwoTerms.apply(images, scale, shift, dtype)
 
 
 def weight_of_two_terms(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [K, C, h, w] -> [K, :data:`IMAGE_CHANNELS`, h, w] for images in two terms."""
-    channels = weight.shape[1]
+    """The weight [K, 3, h, w] -> [K, :data:`IMAGE_CHANNELS`, h, w] for images in two terms."""
     high = weight.to(dtype)
-    terms = weight.new_zeros(
-        (len(weight), IMAGE_CHANNELS, *weight.shape[2:]), dtype=dtype
-    ).contiguous(memory_format=torch.channels_last)
-    for place, term in enumerate((high, high, weight - high)):
-        terms[:, place * channels : (place + 1) * channels] = term
-    return terms
+    low = (weight - high).to(dtype)
+    fill = high.new_zeros((len(high), IMAGE_CHANNELS - 9, *high.shape[2:]))
+    return torch.cat([high, high, low, fill], 1).contiguous(memory_format=torch.channels_last)
 
 
 class _TwoTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.channels, ctx.dtype = x.shape[1], x.dtype
-        shape = len(x), IMAGE_CHANNELS, *x.shape[2:]
-        terms = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last).zero_()
-        high, low, again = terms[:, : 3 * ctx.channels].chunk(3, dim=1)
-        high.copy_(x)
-        torch.sub(x, high, out=low)
-        again.copy_(high)
-        return terms
+    def forward(ctx, images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(scale)
+        x = torch.addcmul(shift, images, scale)
+        high = x.to(dtype)
+        low = torch.sub(x, high, out=torch.empty_like(high))
+        return torch.cat([high, low, high, high, high, high[:, :1]], 1)  # any numbers fill: their weights are 0
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
-        return g[:, : ctx.channels].to(ctx.dtype), None
+        (scale,) = ctx.saved_tensors
+        return g[:, :3] * scale, None, None, None
 
 
 class _Fused(torch.autograd.Function):
