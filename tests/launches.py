@@ -89,7 +89,7 @@ def as_on_a_gpu() -> Iterator[Watch]:
     from triton.runtime.jit import JITFunction
 
     from fasttrain.models import cudnn, frozen
-    from fasttrain_kernels import apgd, batchnorm, ntxent
+    from fasttrain_kernels import apgd, batchnorm, ntxent, relu
     from fasttrain_kernels.apgd.triton import apgd_step_triton
     from fasttrain_kernels.batchnorm import triton as batchnorm_passes
 
@@ -107,6 +107,7 @@ def as_on_a_gpu() -> Iterator[Watch]:
         mock.patch.object(batchnorm, "_passes", lambda x, impl: batchnorm_passes),
         mock.patch.object(ntxent, "_resolve", lambda impl, z, columns: "triton"),
         mock.patch.object(apgd, "_implementation", lambda *_: apgd_step_triton),
+        mock.patch.object(relu, "_resolve", lambda *_: "triton"),
         mock.patch.object(frozen, "_fuses", lambda dtype: False),
         mock.patch.object(cudnn, "fuses", lambda x: x.dtype != torch.float64),
         mock.patch.object(cudnn, "_trusted", lambda *_: True),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasttrain.models import cudnn
+from fasttrain.models import Encoded, cudnn
 from fasttrain.models.folding import fold_batchnorm
 from fasttrain.models.frozen import IMAGE_CHANNELS, FrozenChain, in_two_terms, weight_of_two_terms
 from tests.test_folding import CHAINS, ENCODERS, _encoder, _images, _relative
@@ -48,12 +48,20 @@ def test_chain_and_its_gradient(name, played, monkeypatch):
     assert (expected == 0).any() and (expected > 0).any()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_folded_encoder_and_the_gradient_of_its_images(name, played):
+@pytest.mark.parametrize("seen", ["features", "stages", "a stage"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_folded_encoder_and_the_gradient_of_its_images(name, seen, played):
     encoder, images = _encoder(ENCODERS[name]).eval(), _images().requires_grad_()
-    expected, found = encoder(images).projections, fold_batchnorm(encoder)(images).projections
-    assert _relative(found, expected) < 1e-12 and played
-    truth, ours = (torch.autograd.grad(z.square().sum(), images)[0] for z in (expected, found))
+
+    def values(encoded: Encoded) -> list[Tensor]:
+        if seen == "features":
+            return [encoded.features]
+        return [encoded.stages[1]] if seen == "a stage" else [encoded.features, *encoded.stages]
+
+    expected, found = encoder(images), fold_batchnorm(encoder)(images)
+    assert all(_relative(a, b) < 1e-12 for a, b in zip(found.stages, expected.stages, strict=True)) and played
+    losses = (sum(value.square().mean() for value in values(encoded)) for encoded in (expected, found))
+    truth, ours = (torch.autograd.grad(loss, images)[0] for loss in losses)
     assert _relative(ours, truth) < 1e-11
 
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fasttrain_kernels.relu import before_relu
+
 TOLERANCE = 1e-2
 "Of the relative error in a trial: what is looked for is a kernel that is broken, not how it rounds."
 
@@ -47,40 +49,67 @@ def fuses(x: Tensor) -> bool:
     )
 
 
-def chain(x: Tensor, layers: list[Constant], shortcut: Constant | None, residual: bool) -> Tensor:
-    """max(c_n(… max(c_1(x), 0) …) + s(x), 0), differentiable once, in x.
+class Block(NamedTuple):
+    """y = max(c_n(… max(c_1(x), 0) …) + s(x), 0)."""
 
-    Args:
-        shortcut: s; ``None`` for the identity.
-        residual: whether s(x) is added at all.
-    """
-    return _Chain.apply(x, layers, shortcut, residual)
+    layers: list[Constant]
+    shortcut: Constant | None  # s; None for the identity
+    residual: bool  # whether s(x) is added at all
 
 
-class _Chain(torch.autograd.Function):
+def blocks(x: Tensor, sequence: list[Block], seen: list[int]) -> tuple[Tensor, ...]:
+    """The outputs of the blocks at the positions ``seen``, each block applied to the one before; differentiable once,
+    in x."""
+    return _Blocks.apply(x, sequence, seen)
+
+
+class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, layers: list[Constant], shortcut: Constant | None, residual: bool) -> Tensor:
-        hidden = [x]
-        for layer in layers[:-1]:
-            hidden.append(rectified(hidden[-1], layer))
-        added = None if not residual else x if shortcut is None else shortcut(x)
-        y = rectified(hidden[-1], layers[-1], added)
-        ctx.save_for_backward(*hidden, y)
-        ctx.chain = layers, shortcut, residual
-        return y
+    def forward(ctx, x: Tensor, sequence: list[Block], seen: list[int]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.sequence, ctx.seen = sequence, seen
+        passed = [[x]]  # of each block its input and what its layers give, the last of which is the next one's input
+        for block in sequence:
+            x = passed[-1][-1]
+            hidden = [x]
+            for layer in block.layers[:-1]:
+                hidden.append(rectified(hidden[-1], layer))
+            z = None if not block.residual else x if block.shortcut is None else block.shortcut(x)
+            passed.append([*hidden[1:], rectified(hidden[-1], block.layers[-1], z)])
+        ctx.save_for_backward(*(tensor for tensors in passed for tensor in tensors))
+        return tuple(passed[position + 1][-1] for position in seen)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
-        layers, shortcut, residual = ctx.chain
-        *hidden, y = ctx.saved_tensors
-        g = through = _before_relu(g, y)
-        for layer, x in zip(layers[:0:-1], hidden[:0:-1], strict=True):
-            through = _before_relu(layer.input_gradient(through, x), x)
-        g_x = layers[0].input_gradient(through, hidden[0])
-        if residual:
-            g_x += g if shortcut is None else shortcut.input_gradient(g, hidden[0])
-        return g_x, None, None, None
+    def backward(ctx, *gradients: Tensor | None):
+        saved = list(ctx.saved_tensors)
+        arriving = dict(zip(ctx.seen, gradients, strict=True))
+        parts: list[Tensor] = []  # of the gradient after a block's last ReLU
+        for position, block in reversed(list(enumerate(ctx.sequence))):
+            if arriving.get(position) is not None:
+                parts.append(arriving[position])
+            *hidden, y = saved[-len(block.layers) :]
+            del saved[-len(block.layers) :]
+            if parts:
+                parts = _through(block, _before_last_relu(parts, y), [saved[-1], *hidden])
+        return sum(parts[1:], start=parts[0]) if parts else None, None, None
+
+
+def _through(block: Block, g: Tensor, hidden: list[Tensor]) -> list[Tensor]:
+    """The parts of the gradient of a block's input, from that before its last ReLU; ``hidden`` is what layers read."""
+    through = g
+    for layer, x in zip(block.layers[:0:-1], hidden[:0:-1], strict=True):
+        through = _before_relu(layer.input_gradient(through, x), x)
+    parts = [block.layers[0].input_gradient(through, hidden[0])]
+    if block.residual:
+        parts.append(g if block.shortcut is None else block.shortcut.input_gradient(g, hidden[0]))
+    return parts
+
+
+def _before_last_relu(parts: list[Tensor], y: Tensor) -> Tensor:
+    while len(parts) > 2:
+        parts = [parts[0] + parts[1], *parts[2:]]
+    return _before_relu(*parts, y) if len(parts) == 1 else before_relu(*parts, y)
 
 
 def _before_relu(g: Tensor, y: Tensor) -> Tensor:
@@ -153,4 +182,4 @@ def _complaint(x: Tensor, layer: Constant, adds: bool) -> str | None:
     return None if error < TOLERANCE * size else f"its result is {error / size:.1e} from theirs"
 
 
-__all__ = ["Constant", "chain", "fuses"]
+__all__ = ["Block", "Constant", "blocks", "fuses"]

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasttrain.models import Encoder
-from fasttrain.models.frozen import FrozenChain, FrozenMaxPool, in_two_terms
+from fasttrain.models.frozen import FrozenChain, FrozenMaxPool, FrozenResNet, in_two_terms
 from fasttrain.models.resnet import BasicBlock, Bottleneck, FewShotBlock, ResNet
 
 M = TypeVar("M", bound=nn.Module)
@@ -99,6 +99,7 @@ def _fused(twin: nn.Module) -> nn.Module:
         first = first[0] if isinstance(first, nn.Sequential) else first
         if isinstance(first, FrozenChain):
             first.sees_images = True
+        twin.__class__ = FrozenResNet
     return twin
 
 

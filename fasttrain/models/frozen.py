@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fasttrain.models import cudnn
-from fasttrain.models.cudnn import Constant
+from fasttrain.models.cudnn import Block, Constant
+from fasttrain.models.resnet import ResNet
 
 FEWEST_IMAGES = 8
 "With fewer the layout of the fused path is too short where it should be long."
@@ -47,26 +48,24 @@ class FrozenChain(nn.Module):
         super().__init__()
         self.layers, self.shortcut, self.slope = nn.ModuleList(layers), shortcut, slope
         self.sees_images = sees_images
-        self._constants: dict[tuple, tuple[list[Constant], Constant | None]] = {}
+        self._blocks: dict[tuple[torch.dtype, int], Block] = {}
         self._packed: dict[tuple, tuple[list[_Convolution], _Convolution | None]] = {}
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype, channels = self._computes_in(x), x.shape[1]
-        if (dtype, channels) not in self._constants:
-            self._constants[dtype, channels] = self._in(dtype, channels)
-        layers, shortcut = self._constants[dtype, channels]
-        x, residual = x.to(dtype), self.shortcut is not None
+        dtype = self.computes_in(x)
+        layers, shortcut, residual = block = self.block(dtype, x.shape[1])
+        x = x.to(dtype)
         if x.device.type == "cpu" and len(x) >= FEWEST_IMAGES and _fuses(dtype):
             key = dtype, *x.shape[1:]
             if key not in self._packed:
                 self._packed[key] = _pack(layers, shortcut, _images_inside(x).shape)
             return _Fused.apply(x, *self._packed[key], residual, self.slope)
         if self.slope == 0 and cudnn.fuses(x):
-            return cudnn.chain(x, layers, shortcut, residual)
+            return cudnn.blocks(x, [block], [0])[0]
         return self._composed(x, layers, shortcut)
 
-    def _computes_in(self, x: Tensor) -> torch.dtype:
+    def computes_in(self, x: Tensor) -> torch.dtype:
         weights = self.layers[0].weight.dtype
         if weights != torch.float64 and torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
@@ -79,8 +78,15 @@ class FrozenChain(nn.Module):
             return []
         return [self.layers[0], *([] if self.shortcut is None else [self.shortcut])]
 
-    def _in(self, dtype: torch.dtype, channels: int) -> tuple[list[Constant], Constant | None]:
-        """The convolutions in ``dtype``, to which their weights are rounded once; the last has the shortcut's bias."""
+    def block(self, dtype: torch.dtype, channels: int | None = None) -> Block:
+        """The convolutions in ``dtype``, for an input of ``channels`` (None: as many as the weights have)."""
+        channels = self.layers[0].weight.shape[1] if channels is None else channels
+        if (dtype, channels) not in self._blocks:
+            self._blocks[dtype, channels] = self._in(dtype, channels)
+        return self._blocks[dtype, channels]
+
+    def _in(self, dtype: torch.dtype, channels: int) -> Block:
+        """Weights are rounded to ``dtype`` here; the last bias is that of the shortcut too."""
         shortcut = self.shortcut if isinstance(self.shortcut, nn.Conv2d) else None
         in_terms = bool(self.of_images) and channels == IMAGE_CHANNELS
 
@@ -94,7 +100,7 @@ class FrozenChain(nn.Module):
             if shortcut is not None:
                 biases[-1] = biases[-1] + shortcut.bias
             layers = [constant(layer, bias) for layer, bias in zip(self.layers, biases, strict=True)]
-            return layers, None if shortcut is None else constant(shortcut, None)
+            return Block(layers, None if shortcut is None else constant(shortcut, None), self.shortcut is not None)
 
     def _composed(self, x: Tensor, layers: list[Constant], shortcut: Constant | None) -> Tensor:
         *first, last = layers
@@ -105,6 +111,25 @@ class FrozenChain(nn.Module):
         if self.shortcut is not None:
             y = y + (x if shortcut is None else shortcut(x))
         return F.leaky_relu_(y, self.slope)
+
+
+class FrozenResNet(ResNet):
+    """A folded ResNet, its stem and blocks :class:`FrozenChain`; on a GPU they are one function to autograd."""
+
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        stem = [self.conv1] if hasattr(self, "conv1") else []
+        stages = [list(stage) for stage in (self.layer1, self.layer2, self.layer3, self.layer4)]
+        chains = [*stem, *(block for stage in stages for block in stage)]
+        if not (cudnn.fuses(x) and all(isinstance(chain, FrozenChain) and chain.slope == 0 for chain in chains)):
+            return super().forward(x)
+        dtype = chains[0].computes_in(x)
+        if stem and not isinstance(self.maxpool, nn.Identity):
+            x, chains = self.maxpool(self.conv1(x)), chains[1:]
+        first, *others = chains
+        sequence = [first.block(dtype, x.shape[1]), *(chain.block(dtype) for chain in others)]
+        ends = list(accumulate(map(len, stages), initial=len(chains) - sum(map(len, stages)) - 1))[1:]
+        maps = cudnn.blocks(x.to(dtype), sequence, ends)
+        return maps, self.avgpool(maps[-1]).flatten(1)
 
 
 class FrozenMaxPool(nn.Module):
