@@ -74,6 +74,8 @@ class Adversarial(nn.Module):
         return moved
             torch.clear_autocast_cache()
         return moved
+            torch.clear_autocast_cache()
+        return moved
 
 
 __all__ = ["Adversarial", "adversarial"]
