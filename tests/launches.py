@@ -47,10 +47,23 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self._inside = False
+
+    @contextmanager
+    def as_one(self, name: str) -> Iterator[None]:
+        """Whatever is done inside counts as one launch of ``name``."""
+        self.launches[name] += 1
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         name = function._schema.name
         result = function(*arguments, **(options or {}))
+        if self._inside:
+            return result
         if name in INDEXES and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in arguments[1]):
             self.waits[f"{name} by a mask"] += 1
         if name in WAITS:
@@ -75,8 +88,8 @@ def as_on_a_gpu() -> Iterator[Watch]:
     """Count what is done here, with the choices that the code makes for tensors on a GPU."""
     from triton.runtime.jit import JITFunction
 
-    from fasttrain.models import frozen
-    from fasttrain_kernels import apgd, batchnorm, convolution, ntxent
+    from fasttrain.models import cudnn, frozen
+    from fasttrain_kernels import apgd, batchnorm, convolution, ntxent, relu
     from fasttrain_kernels.apgd.triton import apgd_step_triton
     from fasttrain_kernels.batchnorm import triton as batchnorm_passes
 
@@ -85,13 +98,21 @@ def as_on_a_gpu() -> Iterator[Watch]:
     def noted(kernel, *arguments, grid, warmup, **options) -> None:
         watch.launches[kernel.fn.__name__] += 1
 
+    def cudnns(x, layer, z):
+        with watch.as_one("cudnn_convolution_relu" if z is None else "cudnn_convolution_add_relu"):
+            return cudnn.composed(x, layer, z)
+
     with (
         mock.patch.object(JITFunction, "run", noted),
         mock.patch.object(batchnorm, "_passes", lambda x, impl: batchnorm_passes),
         mock.patch.object(convolution, "_is_cudnns", lambda x: True),
         mock.patch.object(ntxent, "_resolve", lambda impl, z, columns: "triton"),
         mock.patch.object(apgd, "_implementation", lambda *_: apgd_step_triton),
+        mock.patch.object(relu, "_resolve", lambda *_: "triton"),
         mock.patch.object(frozen, "_fuses", lambda dtype: False),
+        mock.patch.object(cudnn, "fuses", lambda x: x.dtype != torch.float64),
+        mock.patch.object(cudnn, "_trusted", lambda *_: True),
+        mock.patch.object(cudnn, "fused", cudnns),
         watch,
     ):
         yield watch

@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasttrain.attacks import Linf
+from fasttrain.attacks.evaluation import loss_and_gradient
+from fasttrain.attacks.losses import squared_distance
+from fasttrain.benchmarks.network import blobs, settle
 from fasttrain.models import Encoder, HeadConfig, ModelConfig, frozen
 from fasttrain.models.folding import fold_batchnorm
 from fasttrain.models.frozen import FEWEST_IMAGES, FrozenChain, FrozenMaxPool
@@ -226,3 +230,26 @@ def test_another_activation_is_kept():
             module.relu = torch.nn.SiLU()
     images = torch.rand(9, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(fold_batchnorm(encoder)(images).features, encoder(images).features)
+
+
+def test_under_autocast_an_attack_keeps_most_of_its_direction():
+    """What a small step along the sign of bfloat16's gradient raises the distance by, over what float32's does."""
+    torch.manual_seed(0)
+    encoder = Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.125, zero_init_residual=False))
+    images = blobs(16, 32)[:16]
+    settle(encoder, images)
+    plain = fold_batchnorm(encoder)
+    targets = plain(images).features
+    points = Linf(8 / 255).start(images, torch.arange(16))
+
+    def gradient(network: Encoder) -> Tensor:
+        return loss_and_gradient(lambda x: squared_distance(network(x).features, targets), points)[1]
+
+    exact = gradient(plain)
+    kept = []
+    for exact_images in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            folded = fold_batchnorm(encoder)
+            folded.exact_images = exact_images
+            kept.append(float((exact * gradient(folded).sign()).sum() / exact.abs().sum()))
+    assert 0.9 < kept[0] < kept[1], kept

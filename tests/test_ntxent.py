@@ -13,7 +13,7 @@ from fasttrain.config import resolve
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoded
-from fasttrain_kernels.ntxent import nt_xent
+from fasttrain_kernels.ntxent import nt_xent, sup_con, sup_con_against
 from tests.ranks import run_ranks
 
 
@@ -180,3 +180,19 @@ def test_objective_refuses_what_it_cannot_use() -> None:
         objectives.nt_xent(0.1)(_encoded(None), _batch(2))
     with pytest.raises(UsageError, match=r"temperature=-0\.1"):
         resolve(objectives.NTXentConfig, {"temperature": -0.1})
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_sup_con_against_fixed_columns_is_sup_con(impl):
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(2, 9, 5, generator=generator, dtype=torch.double)
+    labels, column_labels = torch.tensor([3, 0, 3, 7]), torch.tensor([0, 7, 3, 3, 1, 0, 7, 5, 3])
+    losses = sup_con_against(labels, 0.3, columns, column_labels, impl)
+    for _ in range(2):
+        z = torch.randn(1, 4, 5, generator=generator, dtype=torch.double, requires_grad=True)
+        expected, found = sup_con(z, labels, 0.3, columns, column_labels, None, impl), losses(z)
+        assert torch.allclose(found, expected, rtol=1e-13, atol=0)
+        truth, ours = (torch.autograd.grad(loss.sum(), z)[0] for loss in (expected, found))
+        assert torch.allclose(ours, truth, rtol=1e-11, atol=1e-14)
+    with pytest.raises(ValueError, match="temperature=0"):
+        sup_con_against(labels, 0.0, columns, column_labels)

@@ -166,3 +166,16 @@ def test_warps_and_colours_are_kornia_s():
 def test_configuration_refuses(values, message):
     with pytest.raises(UsageError, match=message):
         resolve(StructuredConfig, values)
+
+
+def test_bounds_are_made_without_a_tensor_of_them():
+    config, numbers = StructuredConfig(transformations=NAMES), torch.randn(5, 4, generator=torch.Generator())
+    most = 0.8 * config.jitter
+    for name, largest in (
+        ("rotation", [config.degrees]),
+        ("translation", [config.shift] * 2),
+        ("colour_jitter", [most, most, most, 0.2 * config.jitter]),
+    ):
+        given = numbers[:, : len(largest)]
+        found = make_transformation(config, name).bound(given)
+        assert torch.equal(found, given.tanh() * torch.tensor(largest)), name

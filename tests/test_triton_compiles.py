@@ -104,3 +104,12 @@ def test_the_apgd_step(compiled, norm):
     for first in (False, True):
         for window in (0, 2):
             apgd_step_triton(state, loss, images, images, 0.1, norm, first, window, 0.75, 0.75)
+    assert not any("fma" in kernel.asm["ptx"] for kernel in compiled), "products are to be rounded as the reference's"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_relu(compiled, dtype):
+    from fasttrain_kernels.relu.triton import before_relu_triton
+
+    before_relu_triton(*torch.zeros(3, 2, 64, 8, 8, dtype=dtype))
+    assert "ld.global.v" in compiled[0].asm["ptx"]

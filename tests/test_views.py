@@ -464,3 +464,17 @@ def test_no_view_is_the_clean_one_and_a_view_that_is_not_there_is_named():
     assert build_view(ViewedTermConfig(), encoder, 0) is clean
     with pytest.raises(UsageError, match=r"view.index=1: the batch has 1 views"):
         structured(StructuredConfig(), encoder.backbone.num_features, index=1)(encoder, batch)
+
+
+def test_heads_train_after_an_attack_that_saw_them_train(monkeypatch):
+    """What autocast cast inside the attack, where no graph is kept, is not what the objective's encoding meets."""
+    cleared = []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda clear=torch.clear_autocast_cache: cleared.append(clear()))
+    encoder = make_encoder()
+    step = step_of(term("nt_xent", kind="attack", attack=PGD | {"steps": 1, "batchnorm": "train"}), encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = step(make_batch())
+        assert cleared
+    loss.backward()
+    weights = [layer.weight for layer in encoder.head if isinstance(layer, nn.Linear)]
+    assert weights and all(weight.grad is not None and weight.grad.any() for weight in weights)

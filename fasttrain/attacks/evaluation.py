@@ -39,7 +39,9 @@ def loss_and_gradient(loss_of_images: PerImageLoss, x: Tensor) -> tuple[Tensor, 
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         loss = _checked(loss_of_images, x)
-        (gradient,) = torch.autograd.grad(loss.sum(), x)  # autograd visits nothing that only weights need
+        with torch.autocast(x.device.type, enabled=False):  # each operation's gradient is in the operation's type
+            # autograd visits nothing that only weights need
+            (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
     return loss.detach(), gradient
 
 
@@ -57,22 +59,18 @@ class Watched:
 
     def __init__(self, loss_of_images: PerImageLoss) -> None:
         self._loss_of_images = loss_of_images
-        self._finite: Tensor | None = None
+        self._seen: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         loss = self._loss_of_images(x)
-        self._note(loss)
+        self._seen.append(loss.detach())
         if x.requires_grad:
-            x.register_hook(self._note)
+            x.register_hook(lambda gradient: self._seen.append(gradient.sum().view(1)))
         return loss
-
-    def _note(self, values: Tensor) -> None:
-        finite = values.detach().sum().isfinite()
-        self._finite = finite if self._finite is None else self._finite & finite
 
     def or_nan(self, images: Tensor) -> Tensor:
         """``images`` if all was finite, else NaN, which the step's loss then is too; nothing is read on the host."""
-        return images if self._finite is None else torch.where(self._finite, images, torch.nan)
+        return torch.where(torch.cat(self._seen).isfinite().all(), images, torch.nan) if self._seen else images
 
 
 def _checked(loss_of_images: PerImageLoss, x: Tensor) -> Tensor:

@@ -7,9 +7,12 @@ where the images lie, in 64-bit integers, so a start costs no transfer and no sy
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Word = TypeVar("Word", int, Tensor)
 
 
 def image_keys(seed: int, step: int | Tensor, index: Tensor) -> Tensor:
@@ -17,10 +20,8 @@ def image_keys(seed: int, step: int | Tensor, index: Tensor) -> Tensor:
 
     A step that is a tensor (int64, of one element) is not read on the host.
     """
-    device = index.device
-    step = step.to(device) if isinstance(step, Tensor) else _signed(step)
-    start = _mix(_mix(torch.full((), _signed(seed), device=device)) + step)
-    return _mix(start + index.to(torch.int64))
+    step = step.to(index.device) if isinstance(step, Tensor) else step
+    return _mix(_mix(_mix(seed) + step) + index.to(torch.int64))
 
 
 def restarted(keys: Tensor, restart: int) -> Tensor:
@@ -50,13 +51,19 @@ def _words(keys: Tensor, like: Tensor) -> Tensor:
     return _mix(_mix(keys.to(like.device))[:, None] + counter)
 
 
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+def _mix(z: Word) -> Word:
+    z = _wrapped(z)
+    z = _wrapped((z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9))
+    z = _wrapped((z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB))
     return z ^ _shifted(z, 31)
 
 
-def _shifted(z: Tensor, bits: int) -> Tensor:
+def _wrapped(z: Word) -> Word:
+    """64 bits of it, which is all that a tensor's words have."""
+    return z if isinstance(z, Tensor) else _signed(z)
+
+
+def _shifted(z: Word, bits: int) -> Word:
     """Right shift of the word as an unsigned one: PyTorch's keeps the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 

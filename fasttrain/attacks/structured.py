@@ -66,7 +66,7 @@ def make_transformation(config: StructuredConfig, name: Name) -> Transformation:
         case "rotation":
             return Transformation(("degrees",), (0.0,), _within(config.degrees), lambda x, c: rotate(x, c[:, 0]))
         case "translation":
-            return Transformation(("right", "down"), (0.0, 0.0), _within(config.shift), translate)
+            return Transformation(("right", "down"), (0.0, 0.0), _within(config.shift, config.shift), translate)
         case "colour_jitter":
             most = [0.8 * config.jitter] * 3 + [0.2 * config.jitter]
             return Transformation(("brightness", "contrast", "saturation", "hue"), (0.0,) * 4, _within(*most), jitter)
@@ -117,7 +117,11 @@ def _in_colour_space(images: Tensor, constants: Tensor) -> Tensor:
 
 
 def _within(*largest: float) -> Callable[[Tensor], Tensor]:
-    return lambda numbers: numbers.tanh() * torch.tensor(largest, dtype=numbers.dtype, device=numbers.device)
+    def bounded(numbers: Tensor) -> Tensor:
+        columns = numbers.tanh().unbind(1)  # one by one: the host would wait for a copy of their bounds to a GPU
+        return torch.stack([most * column for most, column in zip(largest, columns, strict=True)], dim=1)
+
+    return bounded
 
 
 def _luma(x: Tensor) -> Tensor:

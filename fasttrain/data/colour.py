@@ -100,7 +100,7 @@ def rotate_hue(x: Tensor, turns: Tensor) -> Tensor:
         (green - blue) * scale,
         torch.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale),
     )
-    offset = torch.tensor([5.0, 3.0, 1.0], device=x.device)
+    offset = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype)  # made there: the host waits for a copy
     k = torch.remainder((sixths + 6 * turns.squeeze(-1)).unsqueeze(-1) + offset, 6)
     return value.unsqueeze(-1) - chroma.unsqueeze(-1) * torch.minimum(k, 4 - k).clamp_(0, 1)
 

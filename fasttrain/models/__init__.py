@@ -91,12 +91,16 @@ class Encoder(nn.Module):
         self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, images: Tensor) -> Encoded:
-        stages, features = self.backbone(torch.addcmul(self.shift, images, self.scale))
+        stages, features = self.backbone(self.normalised(images))
         projections = self.head(features) if self.head is not None else None
         predictions = self.predictor(projections) if self.predictor is not None else None
         logits = self.backbone.fc(features) if self.config.classes else None
         whole = Encoded(images, stages, features, projections, logits, predictions, encoder=self)
         return whole._replace(layers=(*self._layers(whole), whole)) if self.config.layer_heads else whole
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the backbone sees of images."""
+        return torch.addcmul(self.shift, images, self.scale)
 
     def _layers(self, whole: Encoded) -> Iterator[Encoded]:
         for depth, head in enumerate(self.layer_heads, start=1):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from fasttrain.models import cudnn
+from fasttrain.models.cudnn import Block, Constant
+from fasttrain.models.resnet import ResNet
 
 FEWEST_IMAGES = 8
 "With fewer the layout of the fused path is too short where it should be long."
@@ -18,48 +22,114 @@ FEWEST_IMAGES = 8
 class FrozenChain(nn.Module):
     """y = a(c_n(… a(c_1(x)) …) + s(x)) for convolutions c and s with constant weights and biases.
 
-    On a CPU with AVX-512, in float32 or bfloat16 (by autocast, too) and from 8 images on, it runs as oneDNN's
-    convolutions with bias, sum and activation fused, weights reordered once, over the dimensions (height, width, image)
-    instead of (image, height, width): nothing is then computed for zero padding, which on a 4x4 map is a third of a
-    3x3 convolution. There it is differentiable once, in x. Elsewhere it is the composition of PyTorch's operations.
+    It computes in the weights' type, under autocast in autocast's, and is differentiable once, in x. There are three
+    forms, the same but for rounding:
+
+    - On a CPU with AVX-512, in float32 or bfloat16 and from 8 images on, oneDNN's convolutions with bias, sum and
+      activation fused, weights reordered once, over the dimensions (height, width, image) instead of (image, height,
+      width): nothing is then computed for zero padding, which on a 4x4 map is a third of a 3x3 convolution.
+    - On a GPU cuDNN's, fused likewise, where they fit (:mod:`fasttrain.models.cudnn`).
+    - Elsewhere the composition of PyTorch's operations.
 
     Args:
         layers: c_1, …, c_n, without dilation or groups, padded by less than their kernels.
         shortcut: s, a convolution or ``nn.Identity``; ``None`` for no sum.
         slope: of the (leaky) ReLU a below zero.
+        sees_images: x are images, which may come in two terms (:func:`in_two_terms`).
     """
 
-    def __init__(self, layers: list[nn.Conv2d], shortcut: nn.Module | None = None, slope: float = 0.0) -> None:
+    def __init__(
+        self,
+        layers: list[nn.Conv2d],
+        shortcut: nn.Module | None = None,
+        slope: float = 0.0,
+        sees_images: bool = False,
+    ) -> None:
         super().__init__()
         self.layers, self.shortcut, self.slope = nn.ModuleList(layers), shortcut, slope
+        self.sees_images = sees_images
+        self._blocks: dict[tuple[torch.dtype, int], Block] = {}
         self._packed: dict[tuple, tuple[list[_Convolution], _Convolution | None]] = {}
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        known = self.layers[0].weight.dtype == (torch.float32 if autocast else dtype)
-        if x.device.type != "cpu" or len(x) < FEWEST_IMAGES or not known or not _fuses(dtype):
-            return self._composed(x)
-        key = dtype, *x.shape[2:]
-        if key not in self._packed:
-            self._packed[key] = self._pack(_images_inside(x).shape, dtype)
-        return _Fused.apply(x.to(dtype), *self._packed[key], self.shortcut is not None, self.slope)
+        dtype = self.computes_in(x)
+        layers, shortcut, residual = block = self.block(dtype, x.shape[1])
+        x = x.to(dtype)
+        if x.device.type == "cpu" and len(x) >= FEWEST_IMAGES and _fuses(dtype):
+            key = dtype, *x.shape[1:]
+            if key not in self._packed:
+                self._packed[key] = _pack(layers, shortcut, _images_inside(x).shape)
+            return _Fused.apply(x, *self._packed[key], residual, self.slope)
+        if self.slope == 0 and cudnn.fuses(x):
+            return cudnn.blocks(x, [block], [0])[0]
+        return self._composed(x, layers, shortcut)
 
-    def _composed(self, x: Tensor) -> Tensor:
-        *first, last = self.layers
+    def computes_in(self, x: Tensor) -> torch.dtype:
+        weights = self.layers[0].weight.dtype
+        if weights != torch.float64 and torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return weights
+
+    @property
+    def of_images(self) -> list[nn.Conv2d]:
+        """The convolutions of images; none where the identity sees them too."""
+        if not self.sees_images or isinstance(self.shortcut, nn.Identity):
+            return []
+        return [self.layers[0], *([] if self.shortcut is None else [self.shortcut])]
+
+    def block(self, dtype: torch.dtype, channels: int | None = None) -> Block:
+        """The convolutions in ``dtype``, for an input of ``channels`` (None: as many as the weights have)."""
+        channels = self.layers[0].weight.shape[1] if channels is None else channels
+        if (dtype, channels) not in self._blocks:
+            self._blocks[dtype, channels] = self._in(dtype, channels)
+        return self._blocks[dtype, channels]
+
+    def _in(self, dtype: torch.dtype, channels: int) -> Block:
+        """Weights are rounded to ``dtype`` here; the last bias is that of the shortcut too."""
+        shortcut = self.shortcut if isinstance(self.shortcut, nn.Conv2d) else None
+        in_terms = bool(self.of_images) and channels == IMAGE_CHANNELS
+
+        def constant(layer: nn.Conv2d, bias: Tensor | None) -> Constant:
+            terms = in_terms and layer in self.of_images
+            weight = weight_of_two_terms(layer.weight, dtype) if terms else layer.weight.to(dtype)
+            return Constant(weight, None if bias is None else bias.to(dtype), layer.stride, layer.padding)
+
+        with torch.no_grad():
+            biases = [layer.bias for layer in self.layers]
+            if shortcut is not None:
+                biases[-1] = biases[-1] + shortcut.bias
+            layers = [constant(layer, bias) for layer, bias in zip(self.layers, biases, strict=True)]
+            return Block(layers, None if shortcut is None else constant(shortcut, None), self.shortcut is not None)
+
+    def _composed(self, x: Tensor, layers: list[Constant], shortcut: Constant | None) -> Tensor:
+        *first, last = layers
         y = x
         for layer in first:
             y = F.leaky_relu_(layer(y), self.slope)
         y = last(y)
-        return F.leaky_relu_(y if self.shortcut is None else y + self.shortcut(x), self.slope)
+        if self.shortcut is not None:
+            y = y + (x if shortcut is None else shortcut(x))
+        return F.leaky_relu_(y, self.slope)
 
-    def _pack(self, shape: torch.Size, dtype: torch.dtype) -> tuple[list[_Convolution], _Convolution | None]:
-        shortcut = _Convolution(self.shortcut, shape, dtype) if isinstance(self.shortcut, nn.Conv2d) else None
-        layers: list[_Convolution] = []
-        for layer in self.layers:
-            layers.append(_Convolution(layer, layers[-1].outputs if layers else shape, dtype))
-        return layers, shortcut
+
+class FrozenResNet(ResNet):
+    """A folded ResNet, its stem and blocks :class:`FrozenChain`; on a GPU they are one function to autograd."""
+
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        stem = [self.conv1] if hasattr(self, "conv1") else []
+        stages = [list(stage) for stage in (self.layer1, self.layer2, self.layer3, self.layer4)]
+        chains = [*stem, *(block for stage in stages for block in stage)]
+        if not (cudnn.fuses(x) and all(isinstance(chain, FrozenChain) and chain.slope == 0 for chain in chains)):
+            return super().forward(x)
+        dtype = chains[0].computes_in(x)
+        if stem and not isinstance(self.maxpool, nn.Identity):
+            x, chains = self.maxpool(self.conv1(x)), chains[1:]
+        first, *others = chains
+        sequence = [first.block(dtype, x.shape[1]), *(chain.block(dtype) for chain in others)]
+        ends = list(accumulate(map(len, stages), initial=len(chains) - sum(map(len, stages)) - 1))[1:]
+        maps = cudnn.blocks(x.to(dtype), sequence, ends)
+        return maps, self.avgpool(maps[-1]).flatten(1)
 
 
 class FrozenMaxPool(nn.Module):
@@ -74,6 +144,44 @@ class FrozenMaxPool(nn.Module):
             return self.pool(x)
         size, stride, padding = ((n, n) for n in (self.pool.kernel_size, self.pool.stride, self.pool.padding))
         return _images_outside(F.max_pool3d(_images_inside(x), (*size, 1), (*stride, 1), (*padding, 0)))
+
+
+IMAGE_CHANNELS = 16
+"Of images in two terms: kernels read eight channels at once."
+
+
+def in_two_terms(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """x = scale · images + shift [N, 3, H, W] in a type of 16 bits, as x_h, x_l, x_h and fill: :data:`IMAGE_CHANNELS`.
+
+    x_h is x rounded, x_l what it lacks, rounded. With weights w_h, w_h, w_l and 0 over the same channels a convolution
+    is w x but for w_l x_l. The whole of an attack's change to an image is a few hundredths, and bfloat16 numbers near
+    1 lie 1/256 apart. The gradient is that of the first x_h.
+    """
+    return _TwoTerms.apply(images, scale, shift, dtype)
+
+
+def weight_of_two_terms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [K, 3, h, w] -> [K, :data:`IMAGE_CHANNELS`, h, w] for images in two terms."""
+    high = weight.to(dtype)
+    low = (weight - high).to(dtype)
+    fill = high.new_zeros((len(high), IMAGE_CHANNELS - 9, *high.shape[2:]))
+    return torch.cat([high, high, low, fill], 1).contiguous(memory_format=torch.channels_last)
+
+
+class _TwoTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(scale)
+        x = torch.addcmul(shift, images, scale)
+        high = x.to(dtype)
+        low = torch.sub(x, high, out=torch.empty_like(high))
+        return torch.cat([high, low, high, high, high, high[:, :1]], 1)  # any numbers fill: their weights are 0
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        (scale,) = ctx.saved_tensors
+        return g[:, :3] * scale, None, None, None
 
 
 class _Fused(torch.autograd.Function):
@@ -116,9 +224,8 @@ class _Convolution:
         g_x[s a + r] = Σ_t w_t g[a + (r + p − t) / s]        over the taps t for which that is a whole number
     """
 
-    def __init__(self, layer: nn.Conv2d, inputs: torch.Size, dtype: torch.dtype) -> None:
-        self.weight = layer.weight.to(dtype)[..., None]
-        self.bias = layer.bias.to(dtype)
+    def __init__(self, layer: Constant, inputs: torch.Size) -> None:
+        self.weight, self.bias = layer.weight[..., None], layer.bias
         self.stride, self.padding = (*layer.stride, 1), (*layer.padding, 0)
         sizes = zip(inputs[2:], self.weight.shape[2:], self.stride, self.padding, strict=True)
         self.inputs = inputs
@@ -191,6 +298,15 @@ def _axis_phases(size: int, out_size: int, kernel: int, stride: int, padding: in
             first, last = ((phase + padding - tap) // stride for tap in (taps[0], taps[-1]))
             around = max(-first, last + count - out_size, 0)
             yield slice(phase, None, stride), taps, around, slice(first + around, first + around + count)
+
+
+def _pack(
+    layers: list[Constant], shortcut: Constant | None, shape: torch.Size
+) -> tuple[list[_Convolution], _Convolution | None]:
+    packed: list[_Convolution] = []
+    for layer in layers:
+        packed.append(_Convolution(layer, packed[-1].outputs if packed else shape))
+    return packed, None if shortcut is None else _Convolution(shortcut, shape)
 
 
 def _convolved(x, weight, bias, stride, padding, slope: float | None) -> Tensor:

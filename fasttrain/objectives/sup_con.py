@@ -11,6 +11,7 @@ from fasttrain.errors import UsageError
 from fasttrain.models import Encoded
 from fasttrain.objectives.objective import Objective, OneSided
 from fasttrain_kernels.ntxent import sup_con as sup_con_rows
+from fasttrain_kernels.ntxent import sup_con_against
 
 
 def sup_con(temperature: float) -> Objective:
@@ -79,9 +80,5 @@ def across_ranks(z: Tensor) -> Tensor:
 
 def _against(fixed: Encoded, images: int, temperature: float, labels: Tensor, column_labels: Tensor):
     columns = across_ranks(projections(fixed, images, "this attack").detach())
-
-    def losses(attacked: Encoded) -> Tensor:
-        anchors = projections(attacked, images, "this attack")
-        return sup_con_rows(anchors, labels, temperature, columns, column_labels, None).squeeze(0)
-
-    return losses
+    losses = sup_con_against(labels, temperature, columns, column_labels)
+    return lambda attacked: losses(projections(attacked, images, "this attack")).squeeze(0)

@@ -66,7 +66,11 @@ class Adversarial(nn.Module):
         loss = Watched(lambda x: against(model(x)))
         keys = image_keys(self.seed, self.calls // self.accumulation, batch.index)
         self.calls += 1
-        return loss.or_nan(self.attack(loss, images, keys))
+        moved = loss.or_nan(self.attack(loss, images, keys))
+        if self.batchnorm == "train":
+            # before PyTorch 2.11 the encoding to come would meet weights that autocast cast in here, without a graph
+            torch.clear_autocast_cache()
+        return moved
 
 
 __all__ = ["Adversarial", "adversarial"]

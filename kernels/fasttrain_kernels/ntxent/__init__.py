@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -99,19 +100,47 @@ def sup_con(
     impl = _resolve(impl, z, columns)
     with torch.autocast(z.device.type, enabled=False):
         rows, others = _unit(z, columns, impl)
-        # A class is known by where it starts among the sorted labels, which needs no table of the labels there are.
-        ordered = column_labels.sort().values
-        of_columns = torch.searchsorted(ordered, column_labels)
-        of_rows = torch.searchsorted(ordered, labels)
-        size = torch.searchsorted(ordered, labels, right=True) - of_rows  # [n] 0 for a label that no column has
-        of_rows = of_rows.clamp(max=len(ordered) - 1)
-        sums = torch.zeros_like(others[0]).index_add(0, of_columns, others.sum(0))
-        positives, count = sums[of_rows] * (size > 0)[:, None], size * len(columns)
+        positives, count = _positives(others, labels, column_labels)
         if offset is not None:
             positives = positives - others[:, offset : offset + z.shape[1]]
             count = count - 1
         attraction = (rows * positives).sum(-1) / (temperature * count.clamp(min=1).to(rows.dtype))
         return (_log_sum_exp(rows, others, temperature, offset, impl, z.dtype) - attraction).masked_fill(count == 0, 0)
+
+
+def sup_con_against(
+    labels: Tensor, temperature: float, columns: Tensor, column_labels: Tensor, impl: Implementation = "auto"
+) -> Callable[[Tensor], Tensor]:
+    """z [A, n, d] -> ``sup_con(z, labels, temperature, columns, column_labels, None)``, for many z.
+
+    What depends on columns and labels alone, which are constants, is computed here, once. Each of ``labels`` is to be
+    among ``column_labels``: NaN where it is not.
+    """
+    _check(columns, temperature, columns, None)
+    impl = _resolve(impl, columns[:1, : len(labels)], columns)
+    with torch.no_grad(), torch.autocast(columns.device.type, enabled=False):
+        _, others = _unit(columns, columns, impl)
+        positives, count = _positives(others, labels, column_labels)
+        attraction = positives / (-temperature * count.to(others.dtype))[:, None]
+
+    def losses(z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            rows, _ = _unit(z, z, impl)
+            return _log_sum_exp(rows, others, temperature, None, impl, z.dtype) + (rows * attraction).sum(-1)
+
+    return losses
+
+
+def _positives(others: Tensor, labels: Tensor, column_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For rows of ``labels`` [n] the sum [n, d] of the unit columns [V, N, d] of the same label, and their number."""
+    # A class is known by where it starts among the sorted labels, which needs no table of the labels there are.
+    ordered = column_labels.sort().values
+    of_columns = torch.searchsorted(ordered, column_labels)
+    of_rows = torch.searchsorted(ordered, labels)
+    size = torch.searchsorted(ordered, labels, right=True) - of_rows  # [n] 0 for a label that no column has
+    of_rows = of_rows.clamp(max=len(ordered) - 1)
+    sums = torch.zeros_like(others[0]).index_add(0, of_columns, others.sum(0))
+    return sums[of_rows] * (size > 0)[:, None], size * len(others)
 
 
 def _unit(z: Tensor, columns: Tensor, impl: Implementation) -> tuple[Tensor, Tensor]:
@@ -194,4 +223,4 @@ def _check(z: Tensor, temperature: float, columns: Tensor, offset: int | None) -
         )
 
 
-__all__ = ["nt_xent", "sup_con"]
+__all__ = ["nt_xent", "sup_con", "sup_con_against"]
