@@ -29,7 +29,8 @@ class _Side(NamedTuple):
     x: Tensor  # [R, d], in the dtype that is multiplied
     on_x: Tensor  # [R, d] the adjoints / length, or x itself in the first derivative, which does not look at them
     length: Tensor | None  # [R]; None: all 1
-    height: Tensor  # [R] c_i e^(κ − L_i) where the exponentials are e^(s − κ), else L_i
+    sums: Tensor  # [R]
+    height: Tensor  # [R] c_i e^(κ − L_i) where the exponentials are e^(s_ij − κ), c_i where they are e^(s_ij − L_i)
     c: Tensor  # [R]
     mean: Tensor  # [R]
     images: int  # of each view
@@ -83,7 +84,7 @@ def _derivative(pairs: Pairs, here: _Side, there: _Side, second: bool) -> Tensor
     grid = triton.cdiv(len(here.x), sizes["ROWS"]), triton.cdiv(here.x.shape[1], sizes["WIDTH"])
     _derivatives[grid](
         here.x, here.on_x, here.length, there.x, there.on_x, there.length,
-        here.height, here.c, here.mean, there.height, there.c, there.mean,
+        here.sums, here.height, here.c, here.mean, there.sums, there.height, there.c, there.mean,
         result, len(here.x), len(there.x), here.x.shape[1], pairs.scale,
         here.images, there.images, here.shift, len(here.x) // here.images,
         HERE=here.weighs, THERE=there.weighs, SECOND=second, **_flags(pairs), **sizes,
@@ -94,16 +95,16 @@ def _derivative(pairs: Pairs, here: _Side, there: _Side, second: bool) -> Tensor
 def _sides(
     pairs: Pairs, sums: Tensor, c: Tensor, mean: Tensor, on_rows: Tensor | None, on_columns: Tensor | None
 ) -> tuple[_Side, _Side]:
-    height = c * sums if _is_bounded(pairs) else sums
+    height = c * sums if _is_bounded(pairs) else c
     images, among, offset = pairs.setting.place
     factors = pairs.row_factors
     on_x = factors.x if on_rows is None else in_factors_units(on_rows, factors)
-    rows = _Side(factors.x, on_x, factors.length, height, c, mean, images, offset or 0, True)
+    rows = _Side(factors.x, on_x, factors.length, sums, height, c, mean, images, offset or 0, True)
     if pairs.symmetric:
         return rows, rows
     factors = pairs.column_factors
     on_x = factors.x if on_columns is None else in_factors_units(on_columns, factors)
-    return rows, _Side(factors.x, on_x, factors.length, height, c, mean, among, -(offset or 0), False)
+    return rows, _Side(factors.x, on_x, factors.length, sums, height, c, mean, among, -(offset or 0), False)
 
 
 def _is_bounded(pairs: Pairs) -> bool:
@@ -146,16 +147,19 @@ def _forward(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = i < row_count
     itself = _itself(i, is_row, images, among, shift, views, AMONG)
+    nearest, last = tl.min(tl.where(itself < 0, column_count, itself), 0), tl.max(itself, 0)
     length_i = _length(row_length, i, is_row, SCALED)
     bound = scale * LOG2_E if BOUNDED else 0.0
+    held = _held(rows, i, row_count, d, DEPTH, DIMENSIONS)
     top = tl.full((ROWS,), -1e30, tl.float32)  # finite: the difference of two infinities is none
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, column_count, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
+        length_j = _length(column_length, j, j < column_count, SCALED)
         s = tl.zeros((ROWS, COLUMNS), tl.float32)
-        s = _product(s, rows, columns, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), column_length, j, column_count, itself, bound, AMONG, SCALED)
-        s = tl.where((j < column_count)[None, :], s, float("-inf"))
+        there = _held(columns, j, column_count, d, DEPTH, DIMENSIONS)
+        s = _product(s, held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, itself, bound, start, nearest, last, COLUMNS, AMONG, SCALED)
         if BOUNDED:
             total += tl.sum(tl.exp2(s), 1)
         else:
@@ -188,25 +192,27 @@ def _means(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = i < row_count
     itself = _itself(i, is_row, images, among, shift, views, AMONG)
+    nearest, last = tl.min(tl.where(itself < 0, column_count, itself), 0), tl.max(itself, 0)
     length_i = _length(row_length, i, is_row, SCALED)
     sum_i = tl.load(sums + i, is_row, 0.0)
     bound = scale * LOG2_E if BOUNDED else 0.0
+    held, on_held = _held(rows, i, row_count, d, DEPTH, DIMENSIONS), _held(on_rows, i, row_count, d, DEPTH, DIMENSIONS)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, column_count, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
+        length_j = _length(column_length, j, j < column_count, SCALED)
         s = tl.zeros((ROWS, COLUMNS), tl.float32)
-        s = _product(s, rows, columns, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
+        there = _held(columns, j, column_count, d, DEPTH, DIMENSIONS)
+        s = _product(s, held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
         m = tl.zeros((ROWS, COLUMNS), tl.float32)
-        m = _product(m, on_rows, columns, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        m = _product(m, rows, on_columns, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), column_length, j, column_count, itself, bound, AMONG, SCALED)
+        on_there = _held(on_columns, j, column_count, d, DEPTH, DIMENSIONS)
+        m = _product(m, on_held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
+        m = _product(m, held, on_there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, itself, bound, start, nearest, last, COLUMNS, AMONG, SCALED)
         if SCALED:
-            m = m * _length(column_length, j, j < column_count, SCALED)[None, :]
-        if BOUNDED:
-            p = tl.exp2(s)
-        else:
-            p = tl.exp2(tl.where((j < column_count)[None, :], s - sum_i[:, None] * LOG2_E, float("-inf")))
-        total += tl.sum(p * m, 1)  # a column that is not there has m = 0
+            m = m * length_j[None, :]
+        p = tl.exp2(s) if BOUNDED else tl.exp2(s - sum_i[:, None] * LOG2_E)
+        total += tl.sum(p * m, 1)
     if BOUNDED:
         total = total * sum_i
     total = total * length_i * scale
@@ -225,7 +231,7 @@ def _means(
 @triton.jit(do_not_specialize=PLACE)
 def _derivatives(
     rows, on_rows, row_length, columns, on_columns, column_length,
-    row_height, row_c, row_mean, column_height, column_c, column_mean,
+    row_sums, row_height, row_c, row_mean, column_sums, column_height, column_c, column_mean,
     result, row_count, column_count, d, scale, images, among, shift, views,
     HERE: tl.constexpr, THERE: tl.constexpr, SECOND: tl.constexpr,
     AMONG: tl.constexpr, ATTRACTS: tl.constexpr, BOUNDED: tl.constexpr, SCALED: tl.constexpr,
@@ -237,73 +243,61 @@ def _derivatives(
     SECOND: scale · Σ_j (b_ij column_j + w_ij on_j) with b_ij = c_i p_ij (m_ij − μ_i) + c_j p_ji (m_ij − μ_j) likewise.
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    first = tl.program_id(1) * WIDTH
+    k = first + tl.arange(0, WIDTH)
     is_row = i < row_count
     itself = _itself(i, is_row, images, among, shift, views, AMONG)
+    nearest, last = tl.min(tl.where(itself < 0, column_count, itself), 0), tl.max(itself, 0)
     length_i = _length(row_length, i, is_row, SCALED)
     bound = scale * LOG2_E if BOUNDED else 0.0
+    held, on_held = _held(rows, i, row_count, d, DEPTH, DIMENSIONS), _held(on_rows, i, row_count, d, DEPTH, DIMENSIONS)
     if HERE:
         height_i = tl.load(row_height + i, is_row, 0.0)
-        c_i = tl.load(row_c + i, is_row, 0.0)
+        if not BOUNDED:
+            lse_i = _lse(row_sums, i, is_row)
         if SECOND:
             mean_i = tl.load(row_mean + i, is_row, 0.0)
     found = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, column_count, COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         is_column = j < column_count
-        s = tl.zeros((ROWS, COLUMNS), tl.float32)
-        s = _product(s, rows, columns, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), column_length, j, column_count, itself, bound, AMONG, SCALED)
-        w = tl.zeros((ROWS, COLUMNS), tl.float32)
-        b = tl.zeros((ROWS, COLUMNS), tl.float32)
         length_j = _length(column_length, j, is_column, SCALED)
+        s = tl.zeros((ROWS, COLUMNS), tl.float32)
+        there = _held(columns, j, column_count, d, DEPTH, DIMENSIONS)
+        s = _product(s, held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, itself, bound, start, nearest, last, COLUMNS, AMONG, SCALED)
         if SECOND:
             m = tl.zeros((ROWS, COLUMNS), tl.float32)
-            m = _product(m, on_rows, columns, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-            m = _product(m, rows, on_columns, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
+            on_there = _held(on_columns, j, column_count, d, DEPTH, DIMENSIONS)
+            m = _product(m, on_held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
+            m = _product(m, held, on_there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
             m = m * (length_i * scale)[:, None]
             if SCALED:
                 m = m * length_j[None, :]
-        if BOUNDED:  # a column that is not there has some weight, and is 0
-            s = tl.exp2(s)
-        else:
-            s = tl.where(is_column[None, :], s, float("-inf"))
         if HERE:
-            if BOUNDED:
-                by_row = height_i[:, None] * s
-            else:
-                by_row = c_i[:, None] * tl.exp2(s - height_i[:, None] * LOG2_E)
-            w += by_row
+            p = tl.exp2(s) if BOUNDED else tl.exp2(s - lse_i[:, None])
+            w = height_i[:, None] * (p * length_j[None, :] if SCALED else p)
             if SECOND:
-                b += by_row * (m - mean_i[:, None])
+                b = w * (m - mean_i[:, None])
         if THERE:
             height_j = tl.load(column_height + j, is_column, 0.0)
-            if BOUNDED:
-                by_column = height_j[None, :] * s
-            else:
-                c_j = tl.load(column_c + j, is_column, 0.0)
-                by_column = c_j[None, :] * tl.exp2(s - height_j[None, :] * LOG2_E)
-            w += by_column
+            p = tl.exp2(s) if BOUNDED else tl.exp2(s - _lse(column_sums, j, is_column)[None, :])
+            by_column = height_j[None, :] * (p * length_j[None, :] if SCALED else p)
+            w = w + by_column if HERE else by_column
             if SECOND:
                 mean_j = tl.load(column_mean + j, is_column, 0.0)
-                b += by_column * (m - mean_j[None, :])
-        if SCALED:
-            w = w * length_j[None, :]
-        at = j[:, None].to(tl.int64) * d + k[None, :]
-        inside = is_column[:, None] & (k < d)[None, :]
-        values = tl.load(columns + at, inside, 0.0)
+                by_column = by_column * (m - mean_j[None, :])
+                b = b + by_column if HERE else by_column
         if SECOND:
-            if SCALED:
-                b = b * length_j[None, :]
-            found = _dot(_factor(b, values.dtype, PRECISION), values, found, PRECISION)
-            values = tl.load(on_columns + at, inside, 0.0)
-        found = _dot(_factor(w, values.dtype, PRECISION), values, found, PRECISION)
+            found = _weighed(found, b, there, j, column_count, first, d, DEPTH, DIMENSIONS, WIDTH, PRECISION)
+            there = on_there
+        found = _weighed(found, w, there, j, column_count, first, d, DEPTH, DIMENSIONS, WIDTH, PRECISION)
     if ATTRACTS:
         for step in range(1, views):
             j = _counterpart(i, is_row, step, images, among, shift, views)
             weight = tl.zeros((ROWS,), tl.float32)
             if HERE:
-                weight += c_i
+                weight += tl.load(row_c + i, is_row, 0.0)
             if THERE:
                 weight += tl.load(column_c + j, j >= 0, 0.0)
             weight = weight * _length(column_length, j, j >= 0, SCALED) / (views - 1)
@@ -331,6 +325,11 @@ def _itself(i, is_row, images, among, shift, views, AMONG: tl.constexpr):
 
 
 @triton.jit
+def _lse(sums, i, inside):
+    return tl.load(sums + i, inside, 0.0) * LOG2_E
+
+
+@triton.jit
 def _length(length, i, inside, SCALED: tl.constexpr):
     if SCALED:
         return tl.load(length + i, inside, 0.0)
@@ -339,17 +338,32 @@ def _length(length, i, inside, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _exponents(
-    s, factor_i, column_length, j, column_count, itself, bound, AMONG: tl.constexpr, SCALED: tl.constexpr
-):  # fmt: skip
-    """log₂ e^s_ij − bound of products s, −∞ where column j is the row itself."""
+def _exponents(s, factor_i, length_j, j, column_count, itself, bound, start, nearest, last, COLUMNS: tl.constexpr, AMONG: tl.constexpr, SCALED: tl.constexpr):
+    """log₂ e^s_ij − bound of products s, −∞ where column j is not there or the row itself."""
     s = s * factor_i[:, None]
     if SCALED:
-        s = s * _length(column_length, j, j < column_count, SCALED)[None, :]
-    s -= bound
+        s = s * length_j[None, :]
+    s -= tl.where(j < column_count, bound, float("inf"))[None, :]
     if AMONG:
-        s = tl.where(itself[:, None] == j[None, :], float("-inf"), s)
+        if (start <= last) & (start + COLUMNS > nearest):
+            s = tl.where(itself[:, None] == j[None, :], float("-inf"), s)
     return s
+
+
+@triton.jit
+def _tile(x, i, count, first, d, DEPTH: tl.constexpr):
+    """[len(i), DEPTH] of the rows i of x, from dimension ``first`` on; 0 where there is nothing."""
+    k = first + tl.arange(0, DEPTH)
+    return tl.load(x + i[:, None].to(tl.int64) * d + k[None, :], (i < count)[:, None] & (k < d)[None, :], 0.0)
+
+
+@triton.jit
+def _held(x, i, count, d, DEPTH: tl.constexpr, DIMENSIONS: tl.constexpr):
+    """The rows i of x, to be multiplied more than once; where they do not fit, x, to be read from each time."""
+    if DIMENSIONS == DEPTH:
+        return _tile(x, i, count, 0, d, DEPTH)
+    else:
+        return x
 
 
 @triton.jit
@@ -357,25 +371,27 @@ def _product(
     found, rows, columns, i, j, row_count, column_count, d,
     DEPTH: tl.constexpr, DIMENSIONS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """found [ROWS, COLUMNS] + row_i · column_j."""
-    if DIMENSIONS == DEPTH:  # no loop, so that the rows' load can move out of the loop around
-        found = _partial_product(found, rows, columns, i, j, 0, row_count, column_count, d, DEPTH, PRECISION)
+    """found [ROWS, COLUMNS] + row_i · column_j of what is held of the two."""
+    if DIMENSIONS == DEPTH:
+        found = _dot(rows, tl.trans(columns), found, PRECISION)
     else:
         for first in range(0, DIMENSIONS, DEPTH):
-            found = _partial_product(found, rows, columns, i, j, first, row_count, column_count, d, DEPTH, PRECISION)
+            row = _tile(rows, i, row_count, first, d, DEPTH)
+            found = _dot(row, tl.trans(_tile(columns, j, column_count, first, d, DEPTH)), found, PRECISION)
     return found
 
 
 @triton.jit
-def _partial_product(
-    found, rows, columns, i, j, first, row_count, column_count, d, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+def _weighed(
+    found, weights, columns, j, column_count, first, d,
+    DEPTH: tl.constexpr, DIMENSIONS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k = first + tl.arange(0, DEPTH)
-    is_row = (i < row_count)[:, None] & (k < d)[None, :]
-    a = tl.load(rows + i[:, None].to(tl.int64) * d + k[None, :], is_row, 0.0)
-    is_column = (j < column_count)[None, :] & (k < d)[:, None]
-    b = tl.load(columns + j[None, :].to(tl.int64) * d + k[:, None], is_column, 0.0)
-    return _dot(a, b, found, PRECISION)
+    """found [ROWS, WIDTH] + Σ_j weights_ij column_j, from dimension ``first`` on."""
+    if DIMENSIONS == DEPTH:
+        values = columns
+    else:
+        values = _tile(columns, j, column_count, first, d, WIDTH)
+    return _dot(_factor(weights, values.dtype, PRECISION), values, found, PRECISION)
 
 
 @triton.jit
