@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from fasttrain_kernels.ntxent.blocks import block_of_rows
-from fasttrain_kernels.ntxent.log_sum_exp import LARGEST_BOUND, Factors, Place, Precision, Setting, log_sum_exp
+from fasttrain_kernels.ntxent.log_sum_exp import (
+    LARGEST_BOUND,
+    NO_FACTORS,
+    Factors,
+    Place,
+    Precision,
+    Setting,
+    log_sum_exp,
+)
 from fasttrain_kernels.ntxent.reference import log_sum_exp_reference, unit_rows
 from fasttrain_kernels.ntxent.unit import unit
 from fasttrain_kernels.trial import triton_passes
@@ -132,6 +140,9 @@ class _How(NamedTuple):
     like: int  # sizes of blocks on a GPU are those for this number of rows
 
 
+IN_FLOAT32 = _How("auto", "fp32", 0)
+
+
 class _Rows(NamedTuple):
     u: Tensor  # [V, n, d] unit rows, in at least float32
     factors: Factors
@@ -146,7 +157,7 @@ def _unit(z: Tensor, columns: Tensor, how: _How) -> tuple[_Rows, _Rows]:
 
 def _normalised(z: Tensor, how: _How) -> _Rows:
     if how.impl != "triton":
-        return _Rows((unit_rows if how.impl == "reference" else unit)(z), Factors())
+        return _Rows((unit_rows if how.impl == "reference" else unit)(z), NO_FACTORS)
     from fasttrain_kernels.ntxent import unit_triton
 
     return _Rows(*unit_triton.unit(z, how.precision))
@@ -226,7 +237,7 @@ def _passes(how: _How, temperature: float) -> bool:
 
 
 def _trial(
-    impl: Implementation, device: str = "cuda", how: _How = _How("auto", "fp32", 0), temperature: float = 0.2
+    impl: Implementation, device: str = "cuda", how: _How = IN_FLOAT32, temperature: float = 0.2
 ) -> tuple[Tensor, ...]:
     """Losses, their gradient, and that of its squared norm, of rows that every precision holds."""
     generator = torch.Generator(device).manual_seed(0)

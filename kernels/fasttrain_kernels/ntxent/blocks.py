@@ -1,6 +1,7 @@
 """Sizes of blocks on a GPU: chosen by compiling for sm_80, sm_89 and sm_90, not yet by measuring.
 
-For d = 128 registers suffice on sm_90 but for a few: 40 bytes a thread at most are kept in memory instead.
+For d = 128 registers suffice on sm_90 and sm_89 but for a few: what a thread keeps in memory instead is 0 to 40 bytes
+there, 80 at most here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from typing import NamedTuple
 
 from fasttrain_kernels.ntxent.log_sum_exp import Precision
 
+FORWARD_REGISTERS = 128
+"""A thread, at most: then two programs of 256 threads share a multiprocessor, and one can multiply as the other takes
+exponentials."""
 MULTIPROCESSORS = 132
 "Of an H100 or H200: as many programs there should be, even if each then holds fewer rows than it could."
 
@@ -17,19 +21,19 @@ class _Sizes(NamedTuple):
     rows: int  # that a program holds
     columns: int  # that stream past, at a time
     depth: int  # of a product, at a time
-    stages: int
+    stages: int  # of loads that are under way
 
 
 FIRST: dict[Precision, _Sizes] = {
     "bf16": _Sizes(128, 64, 128, 3),
     "tf32": _Sizes(64, 32, 64, 2),
-    "fp32": _Sizes(128, 32, 64, 2),
+    "fp32": _Sizes(64, 32, 64, 2),
 }
 "The loss and its derivative, whose kernels multiply two and three pairs of tiles."
 SECOND: dict[Precision, _Sizes] = {
     "bf16": _Sizes(64, 32, 128, 2),
     "tf32": _Sizes(64, 32, 64, 2),
-    "fp32": _Sizes(128, 16, 32, 2),
+    "fp32": _Sizes(64, 16, 32, 2),
 }
 
 

@@ -40,6 +40,10 @@ class Factors(NamedTuple):
     length: Tensor | None = None  # [R]; None: all 1
 
 
+NO_FACTORS = Factors()
+"On a CPU, where the rows themselves are multiplied."
+
+
 class Pairs(NamedTuple):
     """Which rows meet which columns: similarities scale · rowᵢ · columnⱼ for all j but i itself."""
 
@@ -47,8 +51,8 @@ class Pairs(NamedTuple):
     columns: Tensor  # [C, d]; the rows where ``symmetric``
     symmetric: bool  # the columns are the rows, so a pair's similarity serves both
     setting: Setting
-    row_factors: Factors = Factors()
-    column_factors: Factors = Factors()
+    row_factors: Factors
+    column_factors: Factors
 
     @property
     def scale(self) -> float:
@@ -80,8 +84,8 @@ def log_sum_exp(
     rows: Tensor,
     columns: Tensor | None,
     setting: Setting,
-    row_factors: Factors = Factors(),
-    column_factors: Factors = Factors(),
+    row_factors: Factors = NO_FACTORS,
+    column_factors: Factors = NO_FACTORS,
 ) -> Tensor:
     """L [R] of rows [R, d] against columns [C, d] (None: the rows); autograd refuses its third derivative."""
     columns = columns if columns is None else columns.contiguous()

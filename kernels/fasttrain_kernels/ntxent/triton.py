@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttrain_kernels.ntxent.blocks import blocks
+from fasttrain_kernels.ntxent.blocks import FORWARD_REGISTERS, blocks
 from fasttrain_kernels.ntxent.log_sum_exp import LARGEST_BOUND, Pairs, Precision
 from fasttrain_kernels.ntxent.unit_triton import in_factors_units
 
@@ -47,6 +47,7 @@ def log_sum_exp(pairs: Pairs) -> tuple[Tensor, Tensor]:
     _forward[(triton.cdiv(len(rows.x), sizes["ROWS"]),)](
         rows.x, rows.length, columns.x, columns.length, result, sums, len(rows.x), len(columns.x), rows.x.shape[1],
         pairs.scale, images, among, offset or 0, len(rows.x) // images, **_flags(pairs), **sizes,
+        **({"maxnreg": FORWARD_REGISTERS} if pairs.setting.precision == "bf16" else {}),
     )  # fmt: skip
     return result, sums
 
@@ -60,7 +61,8 @@ def second(
     pairs: Pairs, sums: Tensor, c: Tensor, on_rows: Tensor, on_columns: Tensor | None, with_columns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     mean, by_c = sums.new_empty(2, len(sums))
-    on_columns = torch.zeros_like(pairs.columns) if on_columns is None else on_columns
+    if on_columns is None and not pairs.symmetric:
+        on_columns = torch.zeros_like(pairs.columns)
     rows, columns = _sides(pairs, sums, c, mean, on_rows, on_columns)
     sizes = _blocks(pairs, second=True)
     _means[(triton.cdiv(len(rows.x), sizes["ROWS"]),)](
@@ -147,7 +149,6 @@ def _forward(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = i < row_count
     itself = _itself(i, is_row, images, among, shift, views, AMONG)
-    nearest, last = tl.min(tl.where(itself < 0, column_count, itself), 0), tl.max(itself, 0)
     length_i = _length(row_length, i, is_row, SCALED)
     bound = scale * LOG2_E if BOUNDED else 0.0
     held = _held(rows, i, row_count, d, DEPTH, DIMENSIONS)
@@ -159,7 +160,7 @@ def _forward(
         s = tl.zeros((ROWS, COLUMNS), tl.float32)
         there = _held(columns, j, column_count, d, DEPTH, DIMENSIONS)
         s = _product(s, held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, itself, bound, start, nearest, last, COLUMNS, AMONG, SCALED)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, itself, start, column_count, bound, AMONG, SCALED)
         if BOUNDED:
             total += tl.sum(tl.exp2(s), 1)
         else:
@@ -192,7 +193,6 @@ def _means(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = i < row_count
     itself = _itself(i, is_row, images, among, shift, views, AMONG)
-    nearest, last = tl.min(tl.where(itself < 0, column_count, itself), 0), tl.max(itself, 0)
     length_i = _length(row_length, i, is_row, SCALED)
     sum_i = tl.load(sums + i, is_row, 0.0)
     bound = scale * LOG2_E if BOUNDED else 0.0
@@ -208,7 +208,7 @@ def _means(
         on_there = _held(on_columns, j, column_count, d, DEPTH, DIMENSIONS)
         m = _product(m, on_held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
         m = _product(m, held, on_there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, itself, bound, start, nearest, last, COLUMNS, AMONG, SCALED)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, itself, start, column_count, bound, AMONG, SCALED)
         if SCALED:
             m = m * length_j[None, :]
         p = tl.exp2(s) if BOUNDED else tl.exp2(s - sum_i[:, None] * LOG2_E)
@@ -247,7 +247,6 @@ def _derivatives(
     k = first + tl.arange(0, WIDTH)
     is_row = i < row_count
     itself = _itself(i, is_row, images, among, shift, views, AMONG)
-    nearest, last = tl.min(tl.where(itself < 0, column_count, itself), 0), tl.max(itself, 0)
     length_i = _length(row_length, i, is_row, SCALED)
     bound = scale * LOG2_E if BOUNDED else 0.0
     held, on_held = _held(rows, i, row_count, d, DEPTH, DIMENSIONS), _held(on_rows, i, row_count, d, DEPTH, DIMENSIONS)
@@ -265,7 +264,7 @@ def _derivatives(
         s = tl.zeros((ROWS, COLUMNS), tl.float32)
         there = _held(columns, j, column_count, d, DEPTH, DIMENSIONS)
         s = _product(s, held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, itself, bound, start, nearest, last, COLUMNS, AMONG, SCALED)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, itself, start, column_count, bound, AMONG, SCALED)
         if SECOND:
             m = tl.zeros((ROWS, COLUMNS), tl.float32)
             on_there = _held(on_columns, j, column_count, d, DEPTH, DIMENSIONS)
@@ -338,14 +337,19 @@ def _length(length, i, inside, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _exponents(s, factor_i, length_j, j, column_count, itself, bound, start, nearest, last, COLUMNS: tl.constexpr, AMONG: tl.constexpr, SCALED: tl.constexpr):
-    """log₂ e^s_ij − bound of products s, −∞ where column j is not there or the row itself."""
+def _exponents(
+    s, factor_i, length_j, itself, start, column_count, bound, AMONG: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
+    """log₂ e^s_ij − bound of products s, −∞ where a column, from ``start`` on, is not there or the row itself."""
+    j = start + tl.arange(0, s.shape[1])
     s = s * factor_i[:, None]
     if SCALED:
         s = s * length_j[None, :]
     s -= tl.where(j < column_count, bound, float("inf"))[None, :]
     if AMONG:
-        if (start <= last) & (start + COLUMNS > nearest):
+        # few tiles have such a column, and comparing each pair costs as much as its exponential
+        nearest = tl.min(tl.where(itself < 0, column_count, itself), 0)
+        if (start + s.shape[1] > nearest) & (start <= tl.max(itself, 0)):
             s = tl.where(itself[:, None] == j[None, :], float("-inf"), s)
     return s
 
@@ -387,10 +391,7 @@ def _weighed(
     DEPTH: tl.constexpr, DIMENSIONS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """found [ROWS, WIDTH] + Σ_j weights_ij column_j, from dimension ``first`` on."""
-    if DIMENSIONS == DEPTH:
-        values = columns
-    else:
-        values = _tile(columns, j, column_count, first, d, WIDTH)
+    values = columns if DIMENSIONS == DEPTH else _tile(columns, j, column_count, first, d, WIDTH)
     return _dot(_factor(weights, values.dtype, PRECISION), values, found, PRECISION)
 
 
