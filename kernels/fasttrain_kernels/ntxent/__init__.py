@@ -60,7 +60,7 @@ def nt_xent(
 
     Raises:
         ValueError: temperature not positive and finite, shapes that do not fit, an ``impl`` that is unknown or not for
-            this device, a precision that is no floating-point dtype.
+            this device, a ``precision`` that is no floating-point dtype.
     """
     columns = z if columns is None else columns
     if z.dim() != 3 or z.shape[0] < 2 or z.shape[1] < 1:
@@ -197,7 +197,7 @@ def _flat(factors: Factors) -> Factors:
 
 
 def _how(impl: Implementation, z: Tensor, columns: Tensor, temperature: float, precision: torch.dtype | None) -> _How:
-    if not (precision or z.dtype).is_floating_point:
+    if precision is not None and not precision.is_floating_point:
         raise ValueError(f"precision={precision}: give a floating-point dtype, the one that z was computed in")
     how = _How(impl, _precision(precision or z.dtype), z.shape[:2].numel())
     return how._replace(impl=_resolve(how, z, columns, temperature))
@@ -231,7 +231,7 @@ def _resolve(how: _How, z: Tensor, columns: Tensor, temperature: float) -> Imple
 
 def _passes(how: _How, temperature: float) -> bool:
     """Whether the kernels that ``how`` asks for pass their trial: each precision, size of blocks and kind of bound."""
-    low = temperature < 1 / LARGEST_BOUND
+    low = 1 / temperature > LARGEST_BOUND
     name = f"NT-Xent ({how.precision}, blocks of {block_of_rows(how.like, how.precision)}{', low temperature' * low})"
     return triton_passes(name, partial(_trial, how=how, temperature=0.02 if low else 0.2))
 
