@@ -160,7 +160,8 @@ def _forward(
         s = tl.zeros((ROWS, COLUMNS), tl.float32)
         there = _held(columns, j, column_count, d, DEPTH, DIMENSIONS)
         s = _product(s, held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), length_j, itself, start, column_count, bound, AMONG, SCALED)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, bound, SCALED)
+        s = _without_itself(s, itself, j, start, column_count, AMONG)
         if BOUNDED:
             total += tl.sum(tl.exp2(s), 1)
         else:
@@ -208,7 +209,8 @@ def _means(
         on_there = _held(on_columns, j, column_count, d, DEPTH, DIMENSIONS)
         m = _product(m, on_held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
         m = _product(m, held, on_there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), length_j, itself, start, column_count, bound, AMONG, SCALED)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, bound, SCALED)
+        s = _without_itself(s, itself, j, start, column_count, AMONG)
         if SCALED:
             m = m * length_j[None, :]
         p = tl.exp2(s) if BOUNDED else tl.exp2(s - sum_i[:, None] * LOG2_E)
@@ -264,7 +266,9 @@ def _derivatives(
         s = tl.zeros((ROWS, COLUMNS), tl.float32)
         there = _held(columns, j, column_count, d, DEPTH, DIMENSIONS)
         s = _product(s, held, there, i, j, row_count, column_count, d, DEPTH, DIMENSIONS, PRECISION)
-        s = _exponents(s, length_i * (scale * LOG2_E), length_j, itself, start, column_count, bound, AMONG, SCALED)
+        s = _exponents(s, length_i * (scale * LOG2_E), length_j, j, column_count, bound, SCALED)
+        if AMONG:
+            s = tl.where(itself[:, None] == j[None, :], float("-inf"), s)
         if SECOND:
             m = tl.zeros((ROWS, COLUMNS), tl.float32)
             on_there = _held(on_columns, j, column_count, d, DEPTH, DIMENSIONS)
@@ -337,17 +341,21 @@ def _length(length, i, inside, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _exponents(
-    s, factor_i, length_j, itself, start, column_count, bound, AMONG: tl.constexpr, SCALED: tl.constexpr
-):  # fmt: skip
-    """log₂ e^s_ij − bound of products s, −∞ where a column, from ``start`` on, is not there or the row itself."""
-    j = start + tl.arange(0, s.shape[1])
+def _exponents(s, factor_i, length_j, j, column_count, bound, SCALED: tl.constexpr):
+    """log₂ e^s_ij − bound of products s, −∞ where there is no column j."""
     s = s * factor_i[:, None]
     if SCALED:
         s = s * length_j[None, :]
-    s -= tl.where(j < column_count, bound, float("inf"))[None, :]
+    return s - tl.where(j < column_count, bound, float("inf"))[None, :]
+
+
+@triton.jit
+def _without_itself(s, itself, j, start, column_count, AMONG: tl.constexpr):
+    """−∞ where column j is the row itself. Few tiles have such a pair, and to compare all is as dear as to exponentiate.
+
+    Not for exponents of what is multiplied again: there older compilers cannot pipeline a loop with a branch.
+    """
     if AMONG:
-        # few tiles have such a column, and comparing each pair costs as much as its exponential
         nearest = tl.min(tl.where(itself < 0, column_count, itself), 0)
         if (start + s.shape[1] > nearest) & (start <= tl.max(itself, 0)):
             s = tl.where(itself[:, None] == j[None, :], float("-inf"), s)
