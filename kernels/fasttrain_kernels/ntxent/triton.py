@@ -351,9 +351,9 @@ def _exponents(s, factor_i, length_j, j, column_count, bound, SCALED: tl.constex
 
 @triton.jit
 def _without_itself(s, itself, j, start, column_count, AMONG: tl.constexpr):
-    """−∞ where column j is the row itself. Few tiles have such a pair, and to compare all is as dear as to exponentiate.
+    """−∞ where column j is the row itself. Few tiles have such a pair, and comparing all is as dear as exponentials.
 
-    Not for exponents of what is multiplied again: there older compilers cannot pipeline a loop with a branch.
+    Not before a product: older compilers do not pipeline a loop that has a branch there.
     """
     if AMONG:
         nearest = tl.min(tl.where(itself < 0, column_count, itself), 0)
