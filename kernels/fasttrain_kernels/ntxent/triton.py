@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttrain_kernels.ntxent.blocks import FORWARD_REGISTERS, blocks
-from fasttrain_kernels.ntxent.log_sum_exp import LARGEST_BOUND, Pairs, Precision
+from fasttrain_kernels.ntxent.log_sum_exp import LARGEST_BOUND, Factors, Pairs, Precision
 from fasttrain_kernels.ntxent.unit_triton import in_factors_units
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2, which is what the hardware has
@@ -28,6 +28,7 @@ class _Side(NamedTuple):
 
     x: Tensor  # [R, d], in the dtype that is multiplied
     on_x: Tensor  # [R, d] the adjoints / length, or x itself in the first derivative, which does not look at them
+    adjoint: Tensor  # [R, d] before that, exactly; likewise x itself
     length: Tensor | None  # [R]; None: all 1
     sums: Tensor  # [R]
     height: Tensor  # [R] c_i e^(κ − L_i) where the exponentials are e^(s_ij − κ), c_i where they are e^(s_ij − L_i)
@@ -85,7 +86,7 @@ def _derivative(pairs: Pairs, here: _Side, there: _Side, second: bool) -> Tensor
     sizes = _blocks(pairs, second)
     grid = triton.cdiv(len(here.x), sizes["ROWS"]), triton.cdiv(here.x.shape[1], sizes["WIDTH"])
     _derivatives[grid](
-        here.x, here.on_x, here.length, there.x, there.on_x, there.length,
+        here.x, here.on_x, here.length, there.x, there.on_x, there.adjoint, there.length,
         here.sums, here.height, here.c, here.mean, there.sums, there.height, there.c, there.mean,
         result, len(here.x), len(there.x), here.x.shape[1], pairs.scale,
         here.images, there.images, here.shift, len(here.x) // here.images,
@@ -99,14 +100,15 @@ def _sides(
 ) -> tuple[_Side, _Side]:
     height = c * sums if _is_bounded(pairs) else c
     images, among, offset = pairs.setting.place
-    factors = pairs.row_factors
-    on_x = factors.x if on_rows is None else in_factors_units(on_rows, factors)
-    rows = _Side(factors.x, on_x, factors.length, sums, height, c, mean, images, offset or 0, True)
-    if pairs.symmetric:
-        return rows, rows
-    factors = pairs.column_factors
-    on_x = factors.x if on_columns is None else in_factors_units(on_columns, factors)
-    return rows, _Side(factors.x, on_x, factors.length, sums, height, c, mean, among, -(offset or 0), False)
+    shift = offset or 0
+
+    def side(factors: Factors, adjoint: Tensor | None, images: int, shift: int, weighs: bool) -> _Side:
+        x, length = factors
+        on_x, adjoint = (x, x) if adjoint is None else (in_factors_units(adjoint, factors), adjoint)
+        return _Side(x, on_x, adjoint, length, sums, height, c, mean, images, shift, weighs)
+
+    rows = side(pairs.row_factors, on_rows, images, shift, True)
+    return rows, rows if pairs.symmetric else side(pairs.column_factors, on_columns, among, -shift, False)
 
 
 def _is_bounded(pairs: Pairs) -> bool:
@@ -232,7 +234,7 @@ def _means(
 
 @triton.jit(do_not_specialize=PLACE)
 def _derivatives(
-    rows, on_rows, row_length, columns, on_columns, column_length,
+    rows, on_rows, row_length, columns, on_columns, adjoints, column_length,
     row_sums, row_height, row_c, row_mean, column_sums, column_height, column_c, column_mean,
     result, row_count, column_count, d, scale, images, among, shift, views,
     HERE: tl.constexpr, THERE: tl.constexpr, SECOND: tl.constexpr,
@@ -303,10 +305,14 @@ def _derivatives(
                 weight += tl.load(row_c + i, is_row, 0.0)
             if THERE:
                 weight += tl.load(column_c + j, j >= 0, 0.0)
-            weight = weight * _length(column_length, j, j >= 0, SCALED) / (views - 1)
-            values = on_columns if SECOND else columns
+            if SECOND:
+                values = adjoints
+            else:
+                values = columns
+                weight = weight * _length(column_length, j, j >= 0, SCALED)
             at = j[:, None].to(tl.int64) * d + k[None, :]
-            found -= weight[:, None] * tl.load(values + at, (j >= 0)[:, None] & (k < d)[None, :], 0.0).to(tl.float32)
+            value = tl.load(values + at, (j >= 0)[:, None] & (k < d)[None, :], 0.0).to(tl.float32)
+            found -= (weight / (views - 1))[:, None] * value
     tl.store(result + i[:, None].to(tl.int64) * d + k[None, :], found * scale, is_row[:, None] & (k < d)[None, :])
 
 
