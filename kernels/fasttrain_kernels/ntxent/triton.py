@@ -40,9 +40,9 @@ class _Side(NamedTuple):
 
 
 def log_sum_exp(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The losses, and e^(κ − L) where κ is small enough to be what is subtracted before every exponential, else L."""
+    """As in :class:`Passes`; ``sums`` are e^(κ − L) where κ is subtracted before every exponential, L where maxima are."""
     rows, columns = pairs.row_factors, pairs.column_factors
-    result, sums = pairs.rows.new_empty(2, len(pairs.rows))
+    result, sums = pairs.rows.new_empty(len(pairs.rows)), pairs.rows.new_empty(len(pairs.rows))
     images, among, offset = pairs.setting.place
     sizes = _blocks(pairs)
     _forward[(triton.cdiv(len(rows.x), sizes["ROWS"]),)](
@@ -61,7 +61,7 @@ def gradient(pairs: Pairs, sums: Tensor, c: Tensor, with_columns: bool) -> tuple
 def second(
     pairs: Pairs, sums: Tensor, c: Tensor, on_rows: Tensor, on_columns: Tensor | None, with_columns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    mean, by_c = sums.new_empty(2, len(sums))
+    mean, by_c = torch.empty_like(sums), torch.empty_like(sums)
     if on_columns is None and not pairs.symmetric:
         on_columns = torch.zeros_like(pairs.columns)
     rows, columns = _sides(pairs, sums, c, mean, on_rows, on_columns)
