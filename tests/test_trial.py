@@ -47,7 +47,7 @@ def test_a_kernel_that_does_not_compile_is_not():
     [
         (1024, "bf16", 0.1, "NT-Xent (bf16, blocks of 16)"),
         (32768, "bf16", 0.1, "NT-Xent (bf16, blocks of 128)"),
-        (32768, "fp32", 0.01, "NT-Xent (fp32, blocks of 128, low temperature)"),
+        (32768, "fp32", 0.01, "NT-Xent (fp32, blocks of 64, low temperature)"),
     ],
 )
 def test_nt_xent_is_tried_as_it_will_run(rows, precision, temperature, name, monkeypatch):

@@ -40,7 +40,7 @@ class _Side(NamedTuple):
 
 
 def log_sum_exp(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """As in :class:`Passes`; ``sums`` are e^(κ − L) where κ is subtracted before every exponential, L where maxima are."""
+    """``sums`` are e^(κ − L) where κ is what is subtracted before every exponential, and L where a row's maximum is."""
     rows, columns = pairs.row_factors, pairs.column_factors
     result, sums = pairs.rows.new_empty(len(pairs.rows)), pairs.rows.new_empty(len(pairs.rows))
     images, among, offset = pairs.setting.place
