@@ -106,7 +106,7 @@ def as_on_a_gpu() -> Iterator[Watch]:
         mock.patch.object(JITFunction, "run", noted),
         mock.patch.object(batchnorm, "_passes", lambda x, impl: batchnorm_passes),
         mock.patch.object(convolution, "_is_cudnns", lambda x: True),
-        mock.patch.object(ntxent, "_resolve", lambda impl, z, columns: "triton"),
+        mock.patch.object(ntxent, "_resolve", lambda *_: "triton"),
         mock.patch.object(apgd, "_implementation", lambda *_: apgd_step_triton),
         mock.patch.object(relu, "_resolve", lambda *_: "triton"),
         mock.patch.object(frozen, "_fuses", lambda dtype: False),

@@ -126,6 +126,7 @@ def test_a_row_of_zeros_counts_as_orthogonal_and_gets_no_gradient() -> None:
         ((_random(2, 3, 4), 0.1, _random(2, 9, 5)), r"\[2, 9, 5\]"),
         ((_random(2, 3, 4), 0.1, _random(2, 9, 4), 7), "offset=7"),
         ((_random(2, 3, 4), 0.1, None, 0, "fast"), "impl='fast'"),
+        ((_random(2, 3, 4), 0.1, None, 0, "auto", torch.int8), r"precision=torch\.int8: give a floating-point dtype"),
     ],
 )
 def test_mistakes_name_the_value(arguments: tuple, message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from fasttrain.errors import UsageError
 from fasttrain.models import Encoded, Encoder, HeadConfig, ModelConfig
 from fasttrain.objectives import TermConfig, build_objective, build_one_sided, check_term
 from fasttrain.objectives.sup_con import sup_con_rows
+from fasttrain.step import Term, TrainStep
+from tests.launches import as_on_a_gpu
 from tests.ranks import run_ranks
 
 LABELS = torch.tensor([0, 3, 0, 1, 3, 0, 7])  # 1 and 7 stand alone
@@ -366,3 +370,46 @@ def test_a_contrastive_loss_of_one_image_is_constant() -> None:
 def test_simsiam_refuses_one_view() -> None:
     with pytest.raises(UsageError, match="views"):
         objectives.simsiam()(_encoded(_random(1, 3, 4), None, _random(1, 3, 4)), _batch(torch.zeros(3)))
+
+
+def _precisions(objective: objectives.Objective, autocast: bool) -> set[str]:
+    """That NT-Xent's kernels would multiply in on a GPU in a training step."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    encoder = Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.125, head=HeadConfig(out=16)))
+    batch = Batch(torch.rand(2, 4, 3, 8, 8), torch.arange(4) % 2, torch.arange(4))
+    precisions = set()
+
+    def noted(kernel, *arguments, grid, warmup, **options) -> None:
+        precisions.update({options["PRECISION"]} if "PRECISION" in options else ())
+
+    with as_on_a_gpu(), mock.patch.object(JITFunction, "run", noted):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = TrainStep(encoder, [Term("loss", objective)])(batch)
+        loss.backward()
+    return precisions
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="which multiplies everything in float32")
+@pytest.mark.parametrize("of", [objectives.nt_xent(0.1), objectives.sup_con(0.1)])
+def test_on_a_gpu_the_loss_is_multiplied_in_the_precision_of_its_projections(of: objectives.Objective) -> None:
+    assert _precisions(of, autocast=True) == {"bf16"}
+    assert _precisions(of, autocast=False) == {"tf32x3"}
+    assert _precisions(objectives.gradient_penalty(of, 1.0), autocast=True) == {"bf16"}
+    assert _precisions(objectives.gradient_penalty(of, 1.0, precision="fp32"), autocast=True) == {"tf32x3"}
+
+
+@pytest.mark.parametrize(("dtype", "first", "second"), [(torch.bfloat16, 10, 35), (torch.float32, 8, 28)])
+def test_nt_xent_is_few_launches_and_no_wait(dtype: torch.dtype, first: int, second: int) -> None:
+    """Forward and backward; and with a penalty on the projections' gradient, three passes more."""
+    pytest.importorskip("triton")
+    z, batch = torch.randn(16, 128).to(dtype).requires_grad_(), _batch(torch.arange(8))
+    with as_on_a_gpu() as watch:
+        objectives.nt_xent(0.1)(_encoded(z[None]), batch).backward()
+    assert not watch.waits and watch.total <= first
+    with as_on_a_gpu() as watch:
+        loss = objectives.nt_xent(0.1)(_encoded(z[None]), batch)
+        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+        (loss + gradient.float().square().sum()).backward()
+    assert not watch.waits and watch.total <= second

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from fasttrain_kernels import trial
+from fasttrain_kernels import ntxent, trial
 from tests.interpreter import needs_interpreter
 
 
@@ -41,10 +43,40 @@ def test_a_kernel_that_does_not_compile_is_not():
         assert not trial.triton_passes("sum", results(fail))
 
 
+@pytest.mark.parametrize(
+    ("rows", "precision", "temperature", "name"),
+    [
+        (1024, "bf16", 0.1, "NT-Xent (bf16, blocks of 16)"),
+        (32768, "bf16", 0.1, "NT-Xent (bf16, blocks of 128)"),
+        (32768, "fp32", 0.01, "NT-Xent (fp32, blocks of 64, low temperature)"),
+    ],
+)
+def test_nt_xent_is_tried_as_it_will_run(rows, precision, temperature, name, monkeypatch):
+    tried = []
+
+    def loss(z, temperature, columns, offset, how):
+        tried.append((z.shape[-1], temperature < 1 / 32, how))
+        return z.square().sum(-1) if how.impl == "reference" else z.pow(4).sum(-1)
+
+    monkeypatch.setattr(ntxent, "_nt_xent", loss)
+    monkeypatch.setattr(ntxent, "_trial", partial(ntxent._trial, device="cpu"))
+    with pytest.warns(RuntimeWarning, match=re.escape(f"Triton's {name} is not used on this GPU")):
+        assert not ntxent._passes(ntxent._How("auto", precision, rows), temperature)
+    how = ntxent._How("triton", precision, rows)
+    assert tried == [(128, temperature < 1 / 32, how._replace(impl="reference")), (128, temperature < 1 / 32, how)]
+
+
 @needs_interpreter
 def test_every_kernel_passes_its_trial_when_interpreted():
     program = """
 from importlib import import_module
+import torch
+from fasttrain_kernels import ntxent
+from fasttrain_kernels.trial import TOLERANCE
+for precision in ("bf16", "tf32"):  # what the tolerance leaves to a tensor core
+    how = ntxent._How("auto", precision, 2**15)
+    for ours, truth in zip(ntxent._trial("triton", "cpu", how), ntxent._trial("reference", "cpu", how), strict=True):
+        assert (ours - truth).norm() < TOLERANCE / 2 * truth.norm(), precision
 for kernel in ("ntxent", "batchnorm", "apgd"):
     trial = import_module(f"fasttrain_kernels.{kernel}")._trial
     for ours, truth in zip(trial("triton", "cpu"), trial("reference", "cpu"), strict=True):

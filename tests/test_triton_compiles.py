@@ -6,7 +6,10 @@ The interpreter runs kernels by NumPy and knows neither Triton's types nor a GPU
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,21 +46,69 @@ def compiled(request, monkeypatch) -> Iterator[list]:
     assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[request.param] * 1024
 
 
-@pytest.mark.parametrize(("dim", "precision"), [(16, "ieee"), (128, "bf16"), (2048, "tf32")])
-def test_nt_xent(compiled, dim, precision):
+def _pairs(dim, precision, among=24, offset=0, like=0, attracts=True):
+    """Of 2 views of 24 images; the columns are the rows if there are no more of them."""
     from fasttrain_kernels.ntxent import triton as passes
-    from fasttrain_kernels.ntxent.log_sum_exp import Pairs
+    from fasttrain_kernels.ntxent.log_sum_exp import Factors, Pairs, Place, Setting
 
-    rows, columns, own = torch.zeros(48, dim), torch.zeros(96, dim), torch.arange(48)
-    lse = c = torch.zeros(48)
+    setting = Setting(1.0, Place(24, among, offset), passes, attracts, precision, like)
+    rows, columns = torch.zeros(48, dim), torch.zeros(2 * among, dim)
+
+    def factors(u):
+        dtype = {"bf16": torch.bfloat16}.get(precision, torch.float32)
+        return Factors(u.to(dtype), None if precision == "fp32" else torch.zeros(len(u)))
+
+    if among == 24:
+        return Pairs(rows, rows, True, setting, factors(rows), factors(rows))
+    return Pairs(rows, columns, False, setting, factors(rows), factors(columns))
+
+
+def _compile(pairs):
+    sums = c = torch.zeros(48)
+    passes = pairs.setting.passes
+    passes.log_sum_exp(pairs)
+    passes.gradient(pairs, sums, c, True)
+    passes.second(pairs, sums, c, pairs.rows, None if pairs.symmetric else pairs.columns, True)
+
+
+@pytest.mark.parametrize(("dim", "precision"), [(16, "fp32"), (128, "bf16"), (2048, "tf32")])
+def test_nt_xent(compiled, dim, precision):
     for pairs in (
-        Pairs(rows, rows, own, 1.0, precision, True),
-        Pairs(rows, columns, own, 1.0, precision, False),
-        Pairs(rows, columns, None, 1.0, precision, False),
+        _pairs(dim, precision),
+        _pairs(dim, precision, among=48, attracts=False),
+        _pairs(dim, precision, among=48, offset=None, attracts=False),
     ):
-        passes.log_sum_exp(pairs)
-        passes.gradient(pairs, lse, c, True)
-        passes.second(pairs, lse, c, rows, None if pairs.symmetric else columns, True)
+        _compile(pairs)
+
+
+@pytest.mark.parametrize("compiled", [90], indirect=True)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_registers_suffice_for_nt_xent(compiled, precision, tmp_path):
+    """On the kernels of a large batch at d = 128: hardly any number that a thread needs is kept in memory."""
+    from triton.backends import nvidia
+
+    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    _compile(_pairs(128, precision, like=2**15))
+    for kernel in compiled:
+        assert kernel.metadata.shared <= 99 * 1024
+        if not cuobjdump.exists():
+            pytest.skip("this Triton comes without cuobjdump")
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True)
+        stack = int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1))
+        assert stack <= 64, f"{kernel.metadata.name}: {stack} bytes"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_rows_are_prepared_for_nt_xent(compiled, precision):
+    from fasttrain_kernels.ntxent import unit_triton
+
+    z = torch.zeros(2, 24, 128).requires_grad_()
+    u, factors = unit_triton.unit(z, precision)
+    (first,) = torch.autograd.grad(u.sum(), z, create_graph=True)
+    first.sum().backward()
+    unit_triton.in_factors_units(torch.zeros(2, 24, 128), factors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

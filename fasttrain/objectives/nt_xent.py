@@ -34,7 +34,7 @@ def nt_xent(temperature: float, impl: ntxent.Implementation = "auto") -> Objecti
     """
 
     def objective(encoded: Encoded, batch: Batch) -> torch.Tensor:
-        z = projections(encoded, len(batch.labels), "nt_xent")
-        return ntxent.nt_xent(z, temperature, across_ranks(z), rank() * z.shape[1], impl).mean()
+        z, precision = projections(encoded, len(batch.labels), "nt_xent")
+        return ntxent.nt_xent(z, temperature, across_ranks(z), rank() * z.shape[1], impl, precision).mean()
 
     return objective

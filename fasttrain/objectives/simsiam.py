@@ -58,7 +58,7 @@ def _predictions(encoded: Encoded) -> Tensor:
 
 
 def _targets(encoded: Encoded, images: int) -> Tensor:
-    return unit_rows(projections(encoded, images, "simsiam").detach())
+    return unit_rows(projections(encoded, images, "simsiam")[0].detach())
 
 
 def _directions(rows: Tensor, images: int) -> Tensor:

@@ -30,9 +30,10 @@ def sup_con(temperature: float) -> Objective:
     """
 
     def objective(encoded: Encoded, batch: Batch) -> Tensor:
-        z = projections(encoded, len(batch.labels), "sup_con")
+        z, precision = projections(encoded, len(batch.labels), "sup_con")
         columns, labels = across_ranks(z), all_gather(batch.labels).flatten()
-        return sup_con_rows(z, batch.labels, temperature, columns, labels, rank() * z.shape[1]).mean()
+        own = rank() * z.shape[1]
+        return sup_con_rows(z, batch.labels, temperature, columns, labels, own, precision=precision).mean()
 
     return objective
 
@@ -64,12 +65,15 @@ def info_nce(temperature: float) -> OneSided:
     return against
 
 
-def projections(encoded: Encoded, images: int, objective: str) -> Tensor:
-    """Projections [V, B, D] in at least float32, cast before any gather so that its adjoint sums in float32."""
+def projections(encoded: Encoded, images: int, objective: str) -> tuple[Tensor, torch.dtype]:
+    """Projections [V, B, D] in at least float32, cast before any gather so that its adjoint sums in float32.
+
+    And the dtype that they were computed in: autocast's, where it is on.
+    """
     if encoded.projections is None:
         raise UsageError(f"{objective} needs projections and the encoder has no head: set model.head.layers=2")
     z = encoded.projections.unflatten(0, (-1, images))
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+    return z.to(torch.promote_types(z.dtype, torch.float32)), z.dtype
 
 
 def across_ranks(z: Tensor) -> Tensor:
@@ -79,6 +83,6 @@ def across_ranks(z: Tensor) -> Tensor:
 
 
 def _against(fixed: Encoded, images: int, temperature: float, labels: Tensor, column_labels: Tensor):
-    columns = across_ranks(projections(fixed, images, "this attack").detach())
-    losses = sup_con_against(labels, temperature, columns, column_labels)
-    return lambda attacked: losses(projections(attacked, images, "this attack")).squeeze(0)
+    rows, precision = projections(fixed, images, "this attack")
+    losses = sup_con_against(labels, temperature, across_ranks(rows.detach()), column_labels, precision=precision)
+    return lambda attacked: losses(projections(attacked, images, "this attack")[0]).squeeze(0)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fasttrain_kernels.ntxent.log_sum_exp import Precision, Setting, log_sum_exp
+from fasttrain_kernels.ntxent.blocks import block_of_rows
+from fasttrain_kernels.ntxent.log_sum_exp import (
+    LARGEST_BOUND,
+    NO_FACTORS,
+    Factors,
+    Place,
+    Precision,
+    Setting,
+    log_sum_exp,
+)
 from fasttrain_kernels.ntxent.reference import log_sum_exp_reference, unit_rows
 from fasttrain_kernels.ntxent.unit import unit
 from fasttrain_kernels.trial import triton_passes
@@ -25,6 +35,7 @@ def nt_xent(
     columns: Tensor | None = None,
     offset: int = 0,
     impl: Implementation = "auto",
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     """Per-row NT-Xent losses [V, n] of V views of n images among V views of N (Chen et al. 2020, eq. 1).
 
@@ -35,8 +46,7 @@ def nt_xent(
     The self-similarity is excluded. SimCLR's loss is the mean of ℓ over all rows of the global batch. For V > 2 the
     mean over positives stands outside the logarithm (SupCon's L_out with the image as label). Differentiable twice, in
     z and in columns. Computed in float32 (float64 for float64 z), autocast or not; rows need not be normalised. On a
-    GPU the factors of products are bfloat16 for bfloat16 z, TF32 for float16 z, and for float32 z TF32 where
-    ``torch.backends.cuda.matmul.allow_tf32`` allows it.
+    GPU the tensor cores multiply what ``precision`` says.
 
     Args:
         z: this rank's rows [V, n, d], view-major. A row of zeros has similarity 0 to all and gets no gradient.
@@ -45,10 +55,13 @@ def nt_xent(
         offset: where this rank's n images start among the N.
         impl: "reference" (plain PyTorch, any order of derivative, a matrix of all similarities), "blocked" (CPU) or
             "triton" (GPU), which keep no such matrix in any pass; "auto" takes the fastest for z's device and size.
+        precision: the dtype that z was computed in, where it was cast since; ``None``: z's own. On a GPU the factors of
+            products are bfloat16 for bfloat16, TF32 for float16, and for float32 as exact as float32, or TF32 where
+            ``torch.backends.cuda.matmul.allow_tf32`` allows it. The first two hold such z without a rounding.
 
     Raises:
         ValueError: temperature not positive and finite, shapes that do not fit, an ``impl`` that is unknown or not for
-            this device.
+            this device, a ``precision`` that is no floating-point dtype.
     """
     columns = z if columns is None else columns
     if z.dim() != 3 or z.shape[0] < 2 or z.shape[1] < 1:
@@ -56,13 +69,19 @@ def nt_xent(
             f"z has shape {list(z.shape)}: give [views, images, dimensions] with at least 2 views, 1 image"
         )
     _check(z, temperature, columns, offset)
-    impl = _resolve(impl, z, columns)
+    how = _how(impl, z, columns, temperature, precision)
+    return _nt_xent(z, temperature, columns, offset, how)
+
+
+def _nt_xent(z: Tensor, temperature: float, columns: Tensor, offset: int, how: _How) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
-        rows, others = _unit(z, columns, impl)
-        own = others[:, offset : offset + z.shape[1]]
+        rows, others = _unit(z, columns, how)
+        if how.impl == "triton":  # where the attraction, too, is the kernel's
+            return _log_sum_exp(rows, others, temperature, offset, how, attracts=True)
+        own = others.u[:, offset : offset + z.shape[1]]
         # Σ over the other views of s(row, its positive) = row · (sum of own − itself)
-        attraction = (rows * (own.sum(0) - own)).sum(-1) / (temperature * (len(z) - 1))
-        return _log_sum_exp(rows, others, temperature, offset, impl, z.dtype) - attraction
+        attraction = (rows.u * (own.sum(0) - own)).sum(-1) / (temperature * (len(z) - 1))
+        return _log_sum_exp(rows, others, temperature, offset, how) - attraction
 
 
 def sup_con(
@@ -73,6 +92,7 @@ def sup_con(
     column_labels: Tensor | None = None,
     offset: int | None = 0,
     impl: Implementation = "auto",
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     """Per-row SupCon losses L_out [A, n] of A views of n images among V views of N (Khosla et al. 2020, eq. 2).
 
@@ -97,19 +117,24 @@ def sup_con(
             f"labels {list(labels.shape)} and {list(column_labels.shape)} do not fit z {list(z.shape)} and columns "
             f"{list(columns.shape)}: give one label an image"
         )
-    impl = _resolve(impl, z, columns)
+    how = _how(impl, z, columns, temperature, precision)
     with torch.autocast(z.device.type, enabled=False):
-        rows, others = _unit(z, columns, impl)
-        positives, count = _positives(others, labels, column_labels)
+        rows, others = _unit(z, columns, how)
+        positives, count = _positives(others.u, labels, column_labels)
         if offset is not None:
-            positives = positives - others[:, offset : offset + z.shape[1]]
+            positives = positives - others.u[:, offset : offset + z.shape[1]]
             count = count - 1
-        attraction = (rows * positives).sum(-1) / (temperature * count.clamp(min=1).to(rows.dtype))
-        return (_log_sum_exp(rows, others, temperature, offset, impl, z.dtype) - attraction).masked_fill(count == 0, 0)
+        attraction = (rows.u * positives).sum(-1) / (temperature * count.clamp(min=1).to(rows.u.dtype))
+        return (_log_sum_exp(rows, others, temperature, offset, how) - attraction).masked_fill(count == 0, 0)
 
 
 def sup_con_against(
-    labels: Tensor, temperature: float, columns: Tensor, column_labels: Tensor, impl: Implementation = "auto"
+    labels: Tensor,
+    temperature: float,
+    columns: Tensor,
+    column_labels: Tensor,
+    impl: Implementation = "auto",
+    precision: torch.dtype | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """z [A, n, d] -> ``sup_con(z, labels, temperature, columns, column_labels, None)``, for many z.
 
@@ -117,16 +142,16 @@ def sup_con_against(
     among ``column_labels``: NaN where it is not.
     """
     _check(columns, temperature, columns, None)
-    impl = _resolve(impl, columns[:1, : len(labels)], columns)
+    how = _how(impl, columns[:1, : len(labels)], columns, temperature, precision)
     with torch.no_grad(), torch.autocast(columns.device.type, enabled=False):
-        _, others = _unit(columns, columns, impl)
-        positives, count = _positives(others, labels, column_labels)
-        attraction = positives / (-temperature * count.to(others.dtype))[:, None]
+        _, others = _unit(columns, columns, how)
+        positives, count = _positives(others.u, labels, column_labels)
+        attraction = positives / (-temperature * count.to(others.u.dtype))[:, None]
 
     def losses(z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            rows, _ = _unit(z, z, impl)
-            return _log_sum_exp(rows, others, temperature, None, impl, z.dtype) + (rows * attraction).sum(-1)
+            rows, _ = _unit(z, z, how)
+            return _log_sum_exp(rows, others, temperature, None, how) + (rows.u * attraction).sum(-1)
 
     return losses
 
@@ -143,52 +168,90 @@ def _positives(others: Tensor, labels: Tensor, column_labels: Tensor) -> tuple[T
     return sums[of_rows] * (size > 0)[:, None], size * len(others)
 
 
-def _unit(z: Tensor, columns: Tensor, impl: Implementation) -> tuple[Tensor, Tensor]:
-    """Unit rows in at least float32; one tensor where z is columns: one normalisation and one graph."""
-    normalised = unit_rows if impl == "reference" else unit
+class _How(NamedTuple):
+    impl: Implementation
+    precision: Precision  # of factors on a GPU
+    like: int  # sizes of blocks on a GPU are those for this number of rows
+
+
+IN_FLOAT32 = _How("auto", "fp32", 0)
+
+
+class _Rows(NamedTuple):
+    u: Tensor  # [V, n, d] unit rows, in at least float32
+    factors: Factors
+
+
+def _unit(z: Tensor, columns: Tensor, how: _How) -> tuple[_Rows, _Rows]:
+    """One object where z is columns: one normalisation and one graph."""
     dtype = torch.promote_types(z.dtype, torch.float32)
-    rows = normalised(z.to(dtype))
-    return rows, rows if columns is z else normalised(columns.to(dtype))
+    rows = _normalised(z.to(dtype), how)
+    return rows, rows if columns is z else _normalised(columns.to(dtype), how)
+
+
+def _normalised(z: Tensor, how: _How) -> _Rows:
+    if how.impl != "triton":
+        return _Rows((unit_rows if how.impl == "reference" else unit)(z), NO_FACTORS)
+    from fasttrain_kernels.ntxent import unit_triton
+
+    return _Rows(*unit_triton.unit(z, how.precision))
 
 
 def _log_sum_exp(
-    rows: Tensor, columns: Tensor, temperature: float, offset: int | None, impl: Implementation, dtype: torch.dtype
+    rows: _Rows, columns: _Rows, temperature: float, offset: int | None, how: _How, attracts: bool = False
 ) -> Tensor:
     """log Σ_j exp s_ij [A, n] of rows [A, n, d] over columns [V, N, d], without the row itself if it is among them."""
-    views, n, _ = rows.shape
-    own = None
-    if offset is not None:
-        starts = torch.arange(views, device=rows.device)[:, None] * columns.shape[1] + offset
-        own = (starts + torch.arange(n, device=rows.device)).flatten()
-    others = None if columns is rows else columns.flatten(0, 1)
-    rows = rows.flatten(0, 1)
-    if impl == "reference":
-        lse = log_sum_exp_reference(rows, rows if others is None else others, own, 1 / temperature)
-    elif impl == "blocked":
-        from fasttrain_kernels.ntxent import blocked
-
-        lse = log_sum_exp(rows, others, own, Setting(1 / temperature, "ieee", blocked))
+    views, n, _ = rows.u.shape
+    place = Place(n, columns.u.shape[1], offset)
+    one, others = columns is rows, columns.u.flatten(0, 1)
+    here = rows.u.flatten(0, 1)
+    if how.impl == "reference":
+        lse = log_sum_exp_reference(here, here if one else others, _own(views, place, here.device), 1 / temperature)
+        return lse.view(views, n)
+    if how.impl == "blocked":
+        from fasttrain_kernels.ntxent import blocked as passes
     else:
-        from fasttrain_kernels.ntxent import triton
-
-        lse = log_sum_exp(rows, others, own, Setting(1 / temperature, _precision(dtype), triton))
+        from fasttrain_kernels.ntxent import triton as passes
+    setting = Setting(1 / temperature, place, passes, attracts, how.precision, how.like)
+    lse = log_sum_exp(here, None if one else others, setting, _flat(rows.factors), _flat(columns.factors))
     return lse.view(views, n)
+
+
+def _own(views: int, place: Place, device: torch.device) -> Tensor | None:
+    """The column [A n] that each row is."""
+    if place.offset is None:
+        return None
+    starts = torch.arange(views, device=device)[:, None] * place.among + place.offset
+    return (starts + torch.arange(place.images, device=device)).flatten()
+
+
+def _flat(factors: Factors) -> Factors:
+    """[A, n, …] -> [A n, …]."""
+    return Factors(*(x if x is None else x.flatten(0, 1) for x in factors))
+
+
+def _how(impl: Implementation, z: Tensor, columns: Tensor, temperature: float, precision: torch.dtype | None) -> _How:
+    if precision is not None and not precision.is_floating_point:
+        raise ValueError(f"precision={precision}: give a floating-point dtype, the one that z was computed in")
+    how = _How(impl, _precision(precision or z.dtype), z.shape[:2].numel())
+    return how._replace(impl=_resolve(how, z, columns, temperature))
 
 
 def _precision(dtype: torch.dtype) -> Precision:
     """What factors are rounded to on a GPU. TF32 has float16's digits, and a range that softmaxes do not leave."""
     if dtype == torch.bfloat16:
         return "bf16"
-    return "tf32" if dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32 else "fp32"
 
 
-def _resolve(impl: Implementation, z: Tensor, columns: Tensor) -> Implementation:
+def _resolve(how: _How, z: Tensor, columns: Tensor, temperature: float) -> Implementation:
     """What runs for ``impl``; Triton is imported for a GPU alone, or where its interpreter is asked for."""
+    impl = how.impl
     if impl not in get_args(Implementation):
         raise ValueError(f"impl={impl!r}: choose one of {', '.join(get_args(Implementation))}")
     if impl == "auto":
         if z.is_cuda:
-            return "triton" if z.dtype != torch.float64 and triton_passes("NT-Xent", _trial) else "reference"
+            return "triton" if z.dtype != torch.float64 and _passes(how, temperature) else "reference"
         pairs = z.shape[:2].numel() * columns.shape[:2].numel()
         return "blocked" if z.device.type == "cpu" and pairs >= FEWEST_BLOCKED_PAIRS else "reference"
     if impl == "blocked" and z.device.type != "cpu":
@@ -200,11 +263,20 @@ def _resolve(impl: Implementation, z: Tensor, columns: Tensor) -> Implementation
     return impl
 
 
-def _trial(impl: Implementation, device: str = "cuda") -> tuple[Tensor, ...]:
-    """Losses, their gradient, and that of its squared norm."""
+def _passes(how: _How, temperature: float) -> bool:
+    """Whether the kernels that ``how`` asks for pass their trial: each precision, size of blocks and kind of bound."""
+    low = 1 / temperature > LARGEST_BOUND
+    name = f"NT-Xent ({how.precision}, blocks of {block_of_rows(how.like, how.precision)}{', low temperature' * low})"
+    return triton_passes(name, partial(_trial, how=how, temperature=0.02 if low else 0.2))
+
+
+def _trial(
+    impl: Implementation, device: str = "cuda", how: _How = IN_FLOAT32, temperature: float = 0.2
+) -> tuple[Tensor, ...]:
+    """Losses, their gradient, and that of its squared norm, of rows that every precision holds."""
     generator = torch.Generator(device).manual_seed(0)
-    z = torch.randn(2, 40, 32, device=device, generator=generator).requires_grad_()
-    losses = nt_xent(z, 0.2, impl=impl)
+    z = torch.randn(2, 40, 128, device=device, generator=generator).bfloat16().float().requires_grad_()
+    losses = _nt_xent(z, temperature, z, 0, how._replace(impl=impl))
     (first,) = torch.autograd.grad(losses.sum(), z, create_graph=True)
     return losses, first, *torch.autograd.grad(first.square().sum(), z)
 

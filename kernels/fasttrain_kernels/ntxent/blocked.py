@@ -22,7 +22,7 @@ TILE = 1024  # a tile of float32 is 4 MiB: it stays in the last cache on its way
 SECOND_TILE = 768  # there are two at once: of 8 MiB free at a time glibc would return the pages, to fault them in again
 
 
-def log_sum_exp(pairs: Pairs) -> Tensor:
+def log_sum_exp(pairs: Pairs) -> tuple[Tensor, Tensor]:
     rows = pairs.rows
     # top starts low and finite: the difference of two infinities is none
     top, total = rows.new_full((len(rows),), -1e30), rows.new_zeros(len(rows))
@@ -35,7 +35,8 @@ def log_sum_exp(pairs: Pairs) -> Tensor:
             if mirrored:
                 _raise(top[j], total[j], s.amax(0))
                 _threaded(_add_column_sums, s.shape[1], s, top[j], total[j])
-    return total.log_().add_(top)
+    lse = total.log_().add_(top)
+    return lse, lse.masked_fill(lse.isneginf(), 0)  # a row without others: its p = exp(−∞ − 0) is 0
 
 
 def gradient(pairs: Pairs, lse: Tensor, c: Tensor, with_columns: bool) -> tuple[Tensor, Tensor | None]:
@@ -134,8 +135,9 @@ def _raise(top: Tensor, total: Tensor, candidates: Tensor) -> None:
 def _similarities(pairs: Pairs, scaled: Tensor, i: slice, j: slice) -> Tensor:
     """The tile of scale · rows_i · columns_j, with rows_i scaled already; −∞ where the column is the row itself."""
     s = _product(scaled, pairs.columns[j])
-    if pairs.own is not None:
-        _exclude(s.numpy(), pairs.own[i].numpy(), j.start)
+    images, among, offset = pairs.setting.place
+    if offset is not None:
+        _exclude(s.numpy(), i.start, j.start, images, among, offset)
     return s
 
 
@@ -168,10 +170,12 @@ _compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", 
 
 
 @_compiled
-def _exclude(s, own, first_column):
+def _exclude(s, first_row, first_column, images, among, offset):
     for i in range(s.shape[0]):
-        if 0 <= own[i] - first_column < s.shape[1]:
-            s[i, own[i] - first_column] = -np.inf
+        row = first_row + i
+        own = row // images * among + offset + row % images - first_column
+        if 0 <= own < s.shape[1]:
+            s[i, own] = -np.inf
 
 
 @_compiled
