@@ -1,7 +1,7 @@
 """Sizes of blocks on a GPU: chosen by compiling for sm_80, sm_89 and sm_90, not yet by measuring.
 
-For d = 128 registers suffice on sm_90 and sm_89 but for a few: what a thread keeps in memory instead is 0 to 40 bytes
-there, 80 at most here.
+For d = 128 registers suffice on sm_90 but for a few: at most 40 bytes a thread are kept in memory instead, and on sm_80
+and sm_89 at most 152.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ SECOND: dict[Precision, _Sizes] = {
     "tf32": _Sizes(64, 32, 64, 2),
     "fp32": _Sizes(64, 16, 32, 2),
 }
+"The second derivative, whose kernels multiply three and five."
 
 
 def block_of_rows(rows: int, precision: Precision, second: bool = False) -> int:
