@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from fasttrain.models import cudnn
 from fasttrain.models.cudnn import Block, Constant
 from fasttrain.models.resnet import ResNet
+from fasttrain_kernels.convolution import convolution
 
 FEWEST_IMAGES = 8
 "With fewer the layout of the fused path is too short where it should be long."
@@ -103,13 +104,16 @@ class FrozenChain(nn.Module):
             return Block(layers, None if shortcut is None else constant(shortcut, None), self.shortcut is not None)
 
     def _composed(self, x: Tensor, layers: list[Constant], shortcut: Constant | None) -> Tensor:
+        def convolved(layer: Constant, x: Tensor) -> Tensor:
+            return convolution(x, *layer, (1, 1), 1)
+
         *first, last = layers
         y = x
         for layer in first:
-            y = F.leaky_relu_(layer(y), self.slope)
-        y = last(y)
+            y = F.leaky_relu_(convolved(layer, y), self.slope)
+        y = convolved(last, y)
         if self.shortcut is not None:
-            y = y + (x if shortcut is None else shortcut(x))
+            y = y + (x if shortcut is None else convolved(shortcut, x))
         return F.leaky_relu_(y, self.slope)
 
 
