@@ -15,9 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from fasttrain import checkpoint, distributed, engine, gradient_cache
 from fasttrain.attacks import AttackConfig
+from fasttrain.cuda_graph import Usual
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import BatchNorm2d, Encoded, Encoder, HeadConfig, ModelConfig
+from fasttrain.nonfinite import Gate
 from fasttrain.objectives import (
     cross_entropy,
     cross_entropy_one_sided,
@@ -233,11 +235,12 @@ def initialized(case: Case):
 
 def take_steps(trainer, train: engine.TrainConfig, start: int, stop: int) -> None:
     trainer.train()
+    passes, gate = Usual(trainer), Gate(trainer, train.clip, scaled=train.precision == "fp16")
     for step in range(start, stop):
         batches = micro_batches(global_batch(step), train.accumulation)
-        for forward in engine.forwards(trainer, iter(batches), train, engine.Meter(GLOBAL)):
-            trainer.backward(forward.loss)
-            trainer.step()
+        for forward in engine.forwards(trainer, passes, iter(batches), train, engine.Meter(GLOBAL)):
+            passes.backward(forward.loss)
+            gate.step()
 
 
 def state(trainer) -> dict[str, Tensor]:
