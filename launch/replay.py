@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fasttrain import cli, distributed, engine
 from fasttrain.config import Config, PathText, resolve
+from fasttrain.cuda_graph import Usual
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder
 from fasttrain.nonfinite import read_bundle
@@ -63,12 +64,13 @@ def replay(config: ReplayConfig) -> int:
     findings = [f"weight {name} before the step" for name, tensor in weights.items() if not finite(tensor)]
     batches = parts.loader.iterate(step["step"] * run.train.accumulation)
     trainer.train()
+    passes, meter = Usual(trainer), engine.Meter(run.train.batch)
     with noting(trainer.module, findings):
-        for micro, forward in enumerate(engine.forwards(trainer, batches, run.train, engine.Meter(run.train.batch))):
+        for micro, forward in enumerate(engine.forwards(trainer, passes, batches, run.train, meter)):
             check_images(step["ranks"], micro, forward.index)
             findings += [f"term {name}" for name, value in forward.terms.items() if not finite(value)]
             findings += [f"loss of micro-batch {micro}: {float(forward.value)}"] if not finite(forward.value) else []
-            trainer.backward(forward.loss)
+            passes.backward(forward.loss)
             if micro + 1 < run.train.accumulation:
                 trainer.step()
     named = [(n, p.grad) for n, p in trainer.module.named_parameters() if p.grad is not None]
