@@ -390,8 +390,8 @@ def train(
             settles = reports or saves or due(done) or verdict.stop or verdict.save_failed or not gate.defers
             rejected = not verdict.finite or (settles and gate.is_shut())
             if rejected:
-                what = "gradient is not finite" if verdict.finite else f"loss is {verdict.loss}"
-                guard.reject(taken, f"the {what.replace(' ', f' of step {step} ', 1)}")
+                what, value = ("gradient", "not finite") if verdict.finite else ("loss", verdict.loss)
+                guard.reject(taken, f"the {what} of step {step} is {value}")
                 gate.open()
             meter.steps += 1
             before, step = taken, done
