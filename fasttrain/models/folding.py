@@ -32,7 +32,7 @@ class Folded(Encoder):
         return super().normalised(images)
 
 
-def fold_batchnorm(encoder: Encoder) -> Folded:
+def fold_batchnorm(encoder: M) -> M:
     """A copy of the encoder in evaluation mode without its BatchNorms, for the many passes of an attack.
 
     With s = γ / √(σ² + ε) a channel, from the running statistics and whatever mode the encoder is in::
@@ -43,7 +43,7 @@ def fold_batchnorm(encoder: Encoder) -> Folded:
     the encoder at this call: call again once they have changed (the cost is a few passes over them). Under autocast
     they are rounded to its type here, once; what is folded there is for use there. The encoder and its hooks are left
     alone. Residual blocks and stem are fused (:class:`FrozenChain`), which may change the memory format of the stages;
-    features are float32 under autocast, too.
+    features are float32 under autocast, too. Of a module that is no :class:`Encoder` only BatchNorms are folded.
 
     Raises:
         ValueError: a BatchNorm that does not directly follow a convolution or a linear layer.
@@ -51,8 +51,11 @@ def fold_batchnorm(encoder: Encoder) -> Folded:
     with torch.no_grad():
         pairs: list[Pair] = []
         twin = _folded(encoder, pairs)
+        if pairs:
+            _fold(pairs, _of_images(twin))
+        if not isinstance(encoder, Encoder):
+            return twin
         twin.__class__, twin.exact_images = Folded, bool(_of_images(twin))
-        _fold(twin, pairs)
         for holder, name in ((twin, "head"), (twin, "predictor"), (twin.backbone, "fc")):
             if getattr(holder, name, None) is not None:
                 setattr(holder, name, _Wide(getattr(holder, name)))
@@ -142,14 +145,14 @@ class _Wide(nn.Module):
             return self.head(features)
 
 
-def _fold(twin: Encoder, pairs: Sequence[Pair]) -> None:
+def _fold(pairs: Sequence[Pair], of_images: set[nn.Module]) -> None:
     """Write what ``pairs`` fold to into their layers, in a few operations for all of them together."""
     layers, norms = zip(*pairs, strict=True)
     deviations = torch._foreach_sqrt(torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms]))
     scales = torch._foreach_div([_or(n.weight, n.running_var, 1.0) for n in norms], deviations)
     means = [n.running_mean if x.bias is None else n.running_mean - x.bias for x, n in pairs]
     biases = torch._foreach_addcmul([_or(n.bias, n.running_mean, 0.0) for n in norms], scales, means, value=-1)
-    types = _types(twin, layers)
+    types = _types(layers, of_images)
     for layer, scale, bias in zip(layers, scales, biases, strict=True):
         scale = scale.view(-1, *[1] * (layer.weight.dim() - 1))
         weight = torch.empty_like(layer.weight, dtype=types[layer])
@@ -162,21 +165,20 @@ def _fold(twin: Encoder, pairs: Sequence[Pair]) -> None:
             layer._buffers["bias"] = bias
 
 
-def _types(twin: Encoder, layers: Sequence[nn.Module]) -> dict[nn.Module, torch.dtype]:
+def _types(layers: Sequence[nn.Module], of_images: set[nn.Module]) -> dict[nn.Module, torch.dtype]:
     """The type for each of ``layers``: autocast's, where it is on, for convolutions but those of images."""
-    kind = twin.scale.device.type
+    kind = layers[0].weight.device.type
     types = {layer: layer.weight.dtype for layer in layers}
     if torch.is_autocast_enabled(kind):
-        exact = _of_images(twin)
         for layer, dtype in types.items():
-            if isinstance(layer, nn.Conv2d) and dtype == torch.float32 and layer not in exact:
+            if isinstance(layer, nn.Conv2d) and dtype == torch.float32 and layer not in of_images:
                 types[layer] = torch.get_autocast_dtype(kind)
     return types
 
 
-def _of_images(twin: Encoder) -> set[nn.Module]:
+def _of_images(twin: nn.Module) -> set[nn.Module]:
     """The convolutions of images in the folded network, as far as they are fused."""
-    return {layer for chain in twin.backbone.modules() if isinstance(chain, FrozenChain) for layer in chain.of_images}
+    return {layer for chain in twin.modules() if isinstance(chain, FrozenChain) for layer in chain.of_images}
 
 
 def _or(values: Tensor | None, like: Tensor, value: float) -> Tensor:
