@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from fasttrain import distributed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process_group() -> Iterator[None]:
+    """A script that is run within this process leaves its group to the next: DeepSpeed keeps the first for good."""
+    with mock.patch("fasttrain.cli.distributed.finalize"):
+        yield
+    distributed.finalize()
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from fasttrain.errors import UsageError
 from fasttrain.export import export, load_encoder
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
 from fasttrain.models.reference import keep_in_evaluation
+from fasttrain.nonfinite import Gate
 from fasttrain.objectives import Reference, fare, fare_one_sided, surrogate_one_sided
 from fasttrain.optim import OptimizerConfig, build_optimizer
 from fasttrain.step import Term, TrainStep
@@ -159,6 +160,7 @@ def trained(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
         )
         trainer, size = engine.initialize(step, optimizer, train), GLOBAL // case.accumulation
         trainer.train()
+        gate = Gate(trainer)
         for number in range(3):
             whole = some_batch(number)
             for micro in range(case.accumulation):
@@ -166,7 +168,7 @@ def trained(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
                 part = slice(begin, begin + size // world)
                 loss, _ = trainer(Batch(whole.images[:, part], whole.labels[part], whole.index[part]))
                 trainer.backward(loss)
-                trainer.step()
+                gate.step()
         results.append({k: v.detach().clone() for k, v in step.state_dict().items() if v.is_floating_point()})
     return results
 

@@ -17,6 +17,7 @@ from fasttrain.config import resolve
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
+from fasttrain.nonfinite import Gate
 from fasttrain.objectives import build_objective, build_one_sided
 from fasttrain.optim import OptimizerConfig, build_optimizer
 from fasttrain.step import Term, TrainStep
@@ -346,6 +347,7 @@ def take_steps(trainer, case: Case, start: int, stop: int) -> dict[str, torch.Te
     if case.accumulation > 1:  # BatchNorm sees micro-batches, so only with fixed statistics is the split exact
         trainer.module.eval()
     world, rank, size = distributed.world_size(), distributed.rank(), IMAGES // case.accumulation
+    gate = Gate(trainer)
     for number in range(start, stop):
         whole = make_batch(number)
         for group in trainer.optimizer.param_groups:
@@ -354,7 +356,7 @@ def take_steps(trainer, case: Case, start: int, stop: int) -> dict[str, torch.Te
             part = slice(micro * size + rank * size // world, micro * size + (rank + 1) * size // world)
             loss, _ = trainer(Batch(whole.images[:, part], whole.labels[part], whole.index[part]))
             trainer.backward(loss)
-            trainer.step()
+            gate.step()
     return {name: value.detach().clone() for name, value in trainer.module.state_dict().items()}
 
 
