@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fasttrain import rendezvous
 from fasttrain.errors import UsageError, explained
+from fasttrain.precision import allow_tf32
 from fasttrain.printable import printable
 from fasttrain_kernels.heap import keep_heap
 
@@ -80,7 +81,7 @@ def choose_algorithms(deterministic: bool) -> None:
     In the second case an operation that has no such algorithm runs all the same, and PyTorch warns with its name.
     In either, float32 is not rounded to TF32, until :func:`fasttrain.precision.decide` is asked for that.
     """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    allow_tf32(False)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
