@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from fasttrain.errors import UsageError
 from fasttrain.nearest import advice, nearest
@@ -21,7 +21,7 @@ class Arguments(NamedTuple):
     """What was given, sorted."""
 
     file: str | None
-    settings: list[tuple[str, str]]  # (dotted key, text), in their order
+    settings: list[tuple[str, str | list[str]]]  # (dotted key, text, or several), in their order
 
 
 def sort(schema: Any, arguments: list[str], positional: tuple[str, ...] = ()) -> Arguments:
@@ -29,7 +29,8 @@ def sort(schema: Any, arguments: list[str], positional: tuple[str, ...] = ()) ->
 
     With a ``=`` in it an argument is a setting, but where a positional value or a file may be meant
     (``epoch=99-step=500.safetensors``): if what stands before the ``=`` is no setting and there is a file of the whole
-    name, or if it resembles no key and a positional value is wanted.
+    name, or if it resembles no key and a positional value is wanted. The last positional key, where it is a list's,
+    takes all that is left.
 
     Raises:
         UsageError: what is none of these; it shows the right form.
@@ -52,20 +53,24 @@ def sort(schema: Any, arguments: list[str], positional: tuple[str, ...] = ()) ->
         else:
             settings.append((key, text))
     wanted = [key for key in positional if key not in dict(settings)]
+    several: list[str] = []
     for argument, late in free:
-        if wanted and Path(argument).suffix not in YAML:
-            settings.append((wanted.pop(0), argument))
+        if wanted and Path(argument).suffix not in YAML and not (several and _is_setting(schema, argument)):
+            if wanted == [*positional[-1:]] and _takes_several(schema, wanted[0]):
+                several.append(argument)
+            else:
+                settings.append((wanted.pop(0), argument))
         elif _is_setting(schema, argument):
             settings.append(argument.partition("=")[::2])
         elif late or file is not None or not (Path(argument).suffix in YAML or _exists(argument)):
             raise UsageError(_misplaced(schema, argument, arguments))
         else:
             file = argument
-    return Arguments(file, settings)
+    return Arguments(file, [*settings, *[(key, several) for key in wanted[:1] if several]])
 
 
-def assign(schema: Any, values: dict[str, Any], key: str, text: str) -> None:
-    """Set the dotted ``key`` in nested ``values`` to what ``text`` says to a setting of its type."""
+def assign(schema: Any, values: dict[str, Any], key: str, text: str | list[str]) -> None:
+    """Set the dotted ``key`` in nested ``values`` to what ``text`` says to a setting of its type, or to the list."""
     *parents, leaf = key.split(".")
     for parent in parents:
         if values.get(parent) is None:
@@ -73,12 +78,16 @@ def assign(schema: Any, values: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(values[parent], dict):
             raise UsageError(f"'{key}': '{parent}' is the value {values[parent]}, not a section with keys of its own")
         values = values[parent]
-    values[leaf] = parse(kind_of(schema, key), text)
+    values[leaf] = text if isinstance(text, list) else parse(kind_of(schema, key), text)
 
 
 def _is_setting(schema: Any, argument: str) -> bool:
     key, equals, _ = argument.partition("=")
     return bool(equals and KEY.fullmatch(key)) and (_is_leaf(schema, key) or not _exists(argument))
+
+
+def _takes_several(schema: Any, key: str) -> bool:
+    return any(get_origin(kind) in (list, tuple) for kind in alternatives(kind_of(schema, key)))
 
 
 def _is_like_a_key(schema: Any, argument: str) -> bool:

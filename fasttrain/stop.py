@@ -78,4 +78,21 @@ def until_stopped(items: Iterable[T]) -> Iterator[T]:
         yield item
 
 
-__all__ = ["StopRequest", "Stopped", "until_stopped"]
+def heeded(items: Iterable[T]) -> Iterator[T]:
+    """``items``, of this rank alone; where no :class:`StopRequest` is in force, nothing else happens.
+
+    Raises:
+        Stopped: before the next item, this rank was told to stop; nobody else knows of it.
+    """
+    for item in items:
+        heed()
+        yield item
+
+
+def heed() -> None:
+    """Raise :class:`Stopped` if this rank was told to stop."""
+    if StopRequest.in_force is not None and StopRequest.in_force.received:
+        raise Stopped
+
+
+__all__ = ["StopRequest", "Stopped", "heed", "heeded", "until_stopped"]

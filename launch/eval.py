@@ -1,148 +1,128 @@
-"""Evaluate an encoder: kNN, a linear probe on its frozen features, or that probe's accuracy under attack.
+"""Evaluate encoders: one command a table or figure, on a run's own data or any other.
 
   python launch/eval.py knn    runs/pretrain                              a run's folder, on the run's own data
   python launch/eval.py linear runs/pretrain data.root=/data/cifar10
   python launch/eval.py linear resnet50.pth model.arch=resnet50 data.root=/data/imagenet augment.size=224
   python launch/eval.py robust runs/finetune robust.attack.eps_255=4 robust.attack.steps=50 robust.images=1000
-  torchrun --nproc-per-node 8 launch/eval.py knn …                        features and bank sharded over the ranks
+  torchrun --nproc-per-node 8 launch/eval.py knn …                        the same result, on any number of ranks
 
-Features are extracted once. The table is printed and written as JSON, by default beside what is evaluated;
-the place is tried first. Features or scores that are not finite are an error, which says whose doing it is.
+{tasks}
+
+`<task> --help` lists the keys of a task. The table is printed and written as JSON, and the picture as PNG, by default
+beside what is evaluated; the place is tried first. The same command run again goes on from the parts that are done
+(in eval-<task>.parts). Ctrl-C, SIGTERM and SIGUSR1 end it with code 75, and what is done is kept. Features or scores
+that are not finite are an error, which says whose doing it is.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import sys
 import time
-from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from fasttrain import cli, distributed, inherited
-from fasttrain.config import Config, PathText, Where
-from fasttrain.data.augment import AugmentConfig
-from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
-from fasttrain.data.loader import LoaderConfig
-from fasttrain.evaluation.features import Features
-from fasttrain.evaluation.knn import KNNConfig, knn
-from fasttrain.evaluation.linear import LinearConfig, fit_classifier, linear_probe
-from fasttrain.evaluation.online import catalog_features, evaluation_batches, thin
-from fasttrain.evaluation.robust import RobustConfig, robust_accuracy
-from fasttrain.export import load_encoder
-from fasttrain.models import ModelConfig
+from fasttrain.benchmarks.machine import hardware, versions
+from fasttrain.benchmarks.record import plain
+from fasttrain.evaluation.evaluation import (
+    Evaluation,
+    EvaluationConfig,
+    EvaluationData,
+    place_of,
+    split_arrays,
+    subjects_of,
+)
+from fasttrain.evaluation.parts import Parts
+from fasttrain.figures import png
 from fasttrain.output import try_output, write_output
-from fasttrain.precision import Precision, autocast_dtype, decide
+from fasttrain.precision import autocast_dtype, decide
 from fasttrain.printable import printable
+from fasttrain.stop import Stopped, StopRequest
 
-import torch.nn.functional as F
-from pydantic import Field
+from safetensors.torch import save
 
 ELSEWHERE = "choose another place with output=…"
 
-
-class CropConfig(AugmentConfig):
-    """What of an image an evaluation shows: its central square, whatever a training drew."""
-
-    reads: ClassVar[dict[str, Where]] = {
-        name: Where("draws", why="an evaluation draws nothing")
-        for name in AugmentConfig.model_fields
-        if name not in ("size", "eval_crop")
-    }
-
-    @property
-    def draws(self) -> bool:
-        """Whether anything is drawn."""
-        return False
+TASKS = ("knn", "linear", "robust")
+"Each a module of fasttrain.evaluation."
+EVALUATIONS: dict[str, Evaluation] = {task: import_module(f"fasttrain.evaluation.{task}").EVALUATION for task in TASKS}
 
 
-class EvalConfig(Config):
-    """What to evaluate, how and on what."""
+class EvalConfig(EvaluationConfig):
+    """Of a task that is not one of them, or of none."""
 
-    task: Literal["knn", "linear", "robust"]
-    "knn, linear or robust; the first argument"
-    source: PathText
-    "a run's folder or a weights file; the second argument"
-    output: PathText | None = None
-    "the JSON file; null: eval-<task>.json beside the weights"
-    batch: int = Field(256, ge=1)
-    "images each rank encodes at a time"
-    bank: int | None = Field(None, ge=1)
-    "training images to use, evenly spaced over the listing; null: all"
-    device: distributed.Device = "auto"
-    "auto: the GPU when there is one"
-    precision: Precision = "auto"
-    "of the features: auto is bf16 where the hardware has it, else fp32"
-    model: ModelConfig | None = None
-    "architecture, of weights that say nothing of theirs (model.arch, model.stem, model.width, …)"
-    data: DataConfig = DataConfig()
-    augment: CropConfig = CropConfig()
-    loader: LoaderConfig = LoaderConfig()
-    knn: KNNConfig = KNNConfig()
-    linear: LinearConfig = LinearConfig()
-    robust: RobustConfig = RobustConfig()
-
-    reads: ClassVar[dict[str, Where]] = {
-        "knn": Where("task", ("knn",)),
-        "linear": Where("task", ("linear", "robust")),
-        "robust": Where("task", ("robust",)),
-    }
+    task: Literal[TASKS]  # type: ignore[valid-type]
+    "which evaluation; the first argument"
 
 
-def evaluate(config: EvalConfig) -> None:
+def evaluate(config: EvaluationConfig) -> int:
+    evaluation = EVALUATIONS[config.task]
     device = distributed.initialize(config.device)
     began = time.perf_counter()
-    encoder = distributed.agree(lambda: load_encoder(config.source, config.model)).to(device)
-    source = Path(config.source)
-    output = Path(config.output or (source if source.is_dir() else source.parent) / f"eval-{config.task}.json")
+    subjects = distributed.agree(lambda: subjects_of(config))
+    output = distributed.agree(lambda: place_of(config, subjects))
     distributed.on_rank_zero(lambda: try_output(output, ELSEWHERE))
-    catalogs = distributed.agree(lambda: labelled(config))
-    autocast = autocast_dtype(decide(config.precision, device))
-    shares = [thin(catalogs[0].indices, config.bank), catalogs[1].indices]
-    crop = config.augment, config.loader, device
+    data = EvaluationData(config, device, autocast_dtype(decide(config.precision, device)))
+    parts = Parts(output.with_suffix(".parts") if output.suffix == ".json" else None)
+    with StopRequest():
+        try:
+            found = evaluation.evaluate(subjects, data, config, parts)
+        except Stopped:
+            return cli.EXIT_SAVED_ON_SIGNAL
+    if distributed.rank() == 0:
+        seconds = round(time.perf_counter() - began, 1)
+        report(config, evaluation, found, data, output, seconds)
+    return 0
 
-    def features(split: int) -> Features:
-        return catalog_features(encoder, catalogs[split], shares[split], config.batch, *crop, autocast)
 
-    if config.task == "knn":
-        found = knn(features(0), features(1), config.knn)
-    elif config.task == "linear":
-        found = linear_probe(features(0), features(1), config.linear)
-    else:
-        probe = fit_classifier(features(0), len(catalogs[0].classes), config.linear)
-        shares[1] = thin(shares[1], config.robust.images)
-        with evaluation_batches(catalogs[1], shares[1], config.batch, *crop) as batches:
-            classify = partial(F.linear, weight=probe.weight, bias=probe.bias)
-            found = robust_accuracy(encoder, classify, batches, config.robust.attack, device, autocast)
-    if distributed.rank() != 0:
-        return
+def report(
+    config: EvaluationConfig, evaluation: Evaluation, found: Any, data: EvaluationData, output: Path, seconds: float
+) -> None:
+    """Print the result, then write it: numbers as JSON, tensors as safetensors and the picture beside that."""
+    values, arrays = split_arrays(found)
     table = {
+        "task": config.task,
         "source": config.source,
-        "train": {"where": str(catalogs[0].root), "images": len(shares[0])},
-        "val": {"where": str(catalogs[1].root), "images": len(shares[1])},
-        **found._asdict(),
-        **({"attack": config.robust.attack.model_dump()} if config.task == "robust" else {}),
-        "seconds": round(time.perf_counter() - began, 1),
+        **data.facts(),
+        **values,
+        "seconds": seconds,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": hardware(),
+        "ranks": distributed.world_size(),
+        "versions": versions(),
+        "settings": config.model_dump(mode="json"),
     }
-    for name, value in found._asdict().items():
-        print(f"{name:16s}{100 * value:8.2f} %" if "top" in name else f"{name:16s}{value!s:>8}", flush=True)
-    write_output(output, json.dumps(table, indent=1) + "\n", ELSEWHERE)
+    for line in evaluation.lines(found):
+        print(line, flush=True)
+    if arrays:
+        place = output.with_suffix(".safetensors")
+        table["arrays"] = place.name
+        write_output(place, save({name: tensor.cpu().contiguous() for name, tensor in arrays.items()}), ELSEWHERE)
+    write_output(output, json.dumps(plain(table), indent=1) + "\n", ELSEWHERE)
     print(f"{'written to':16s}{printable(output)}")
-
-
-def labelled(config: EvalConfig) -> list[Catalog]:
-    """Both splits, whose labels mean something."""
-    catalogs = []
-    for role in ("train", "val"):
-        catalogs.append(open_catalog(config.data, role))
-        catalogs[-1].require_labels(f"the accuracy of {config.task}")
-    return catalogs
+    if evaluation.figure is not None:
+        place = output.with_suffix(".png")
+        write_output(place, png(evaluation.figure(found)), ELSEWHERE)
+        print(f"{'picture':16s}{printable(place)}")
 
 
 def of_run(given: dict[str, Any]) -> dict[str, Any]:
-    """A run's own data, crops and loader, where nothing else is asked for."""
-    saved = inherited.settings_of(given.get("source"))
+    """A run's own data, crops and loader, where nothing else is asked for; of several runs the first's."""
+    source = given.get("source")
+    source = source[0] if isinstance(source, list) and source else source
+    saved = inherited.settings_of(source)
     return inherited.data_of(saved, given) | {key: saved[key] for key in ("augment",) if key in saved}
 
 
+def schema_of(task: str) -> type[EvaluationConfig]:
+    return EVALUATIONS[task].config if task in EVALUATIONS else EvalConfig
+
+
 if __name__ == "__main__":
-    cli.main(EvalConfig, evaluate, __doc__, positional=("task", "source"), base=of_run)
+    named = [argument.lstrip("-").removeprefix("task=") for argument in sys.argv[1:]]
+    task = next((name for name in named if name in EVALUATIONS), "")
+    tasks = "\n".join(f"  {name:12s}{evaluation.about}" for name, evaluation in EVALUATIONS.items())
+    cli.main(schema_of(task), evaluate, __doc__.format(tasks=tasks), positional=("task", "source"), base=of_run)

@@ -23,8 +23,9 @@ from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.accuracy import percent
+from fasttrain.evaluation.images import catalog_features, thin
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
-from fasttrain.evaluation.online import catalog_features, open_measured, thin
+from fasttrain.evaluation.online import open_measured
 from fasttrain.evaluation.robust import OnlineRobust, RobustConfig
 from fasttrain.export import ExportConfig, load_encoder
 from fasttrain.models import Encoder, ModelConfig

@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"printable"},
+    {"printable", "figures"},
     {"errors", "precision", "processes"},
     {"reading", "rendezvous"},
     {"nearest"},
@@ -26,7 +26,8 @@ LAYERS = [
     {"step"},
     {"gradient_cache", "checkpoint"},
     {"nonfinite", "cuda_graph"},
-    {"engine", "evaluation", "plots", "export", "inherited", "cli", "benchmarks", "doctor"},
+    {"export", "inherited"},
+    {"engine", "evaluation", "plots", "cli", "benchmarks", "doctor"},
 ]
 "A part may import its own layer's data and models, and any layer before it."
 NEVER = [

@@ -21,8 +21,8 @@ from fasttrain.data.loader import LoaderConfig
 from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation import Features, KNNConfig, LinearConfig, extract, knn, linear_probe
 from fasttrain.evaluation.accuracy import hits
+from fasttrain.evaluation.images import catalog_features
 from fasttrain.evaluation.linear import fit
-from fasttrain.evaluation.online import catalog_features
 from tests.ranks import run_ranks
 
 

@@ -279,7 +279,8 @@ def test_robust_evaluation_of_a_run_is_printed_and_written(images, finished, tmp
     module = script("eval")
     given = ["task=robust", f"source={finished}", f"output={tmp_path / 'found.json'}", "linear.l2=[0.1]"]
     given += ["device=cpu"]
-    module.evaluate(load(module.EvalConfig, [*given, "robust.attack.steps=2", "robust.images=6"], module.of_run))
+    given += ["robust.attack.steps=2", "robust.images=6"]
+    module.evaluate(load(module.schema_of("robust"), given, module.of_run))
     table = json.loads((tmp_path / "found.json").read_text())
     assert 0 <= table["robust_top1"] <= table["clean_top1"] <= 1
     assert table["images"] == table["val"]["images"] == 6 and table["attack"]["eps_255"] == 8

@@ -295,7 +295,7 @@ def test_a_home_is_the_same_place_in_all_settings(images, tmp_path, monkeypatch)
 
     module = script("eval")
     given = ["knn", "~/run", "output=~/knn.json", "device=cpu"]
-    config = load(module.EvalConfig, given, module.of_run, ("task", "source"))
+    config = load(module.schema_of("knn"), given, module.of_run, ("task", "source"))
     assert config.data.root == str(tmp_path / "data") and config.augment.size == 16
     assert not module.evaluate(config) and (tmp_path / "knn.json").exists()
 
@@ -392,9 +392,9 @@ def test_a_probable_slip_and_a_file_of_another_script_are_said_from_the_command_
 def test_evaluation_of_a_run_agrees_with_the_run(undisturbed, tmp_path, capsys):
     module = script("eval")
     for task, key in (("knn", "top1"), ("linear", "val_top1")):
-        given = [f"task={task}", f"source={undisturbed}", f"output={tmp_path / task}.json", "linear.l2=[0.1]"]
-        given += ["device=cpu"]
-        assert not module.evaluate(load(module.EvalConfig, given, module.of_run))
+        given = [f"task={task}", f"source={undisturbed}", f"output={tmp_path / task}.json", "device=cpu"]
+        given += ["linear.l2=[0.1]"] * (task == "linear")
+        assert not module.evaluate(load(module.schema_of(task), given, module.of_run))
         table = json.loads((tmp_path / f"{task}.json").read_text())
         assert 0 <= table[key] <= 1 and table["val"]["images"] == 12
         if task == "knn":
@@ -404,7 +404,8 @@ def test_evaluation_of_a_run_agrees_with_the_run(undisturbed, tmp_path, capsys):
 
 def evaluate_here(task: str, source: Path, *given: str) -> dict:
     module = script("eval")
-    module.evaluate(load(module.EvalConfig, [f"task={task}", f"source={source}", "device=cpu", *given], module.of_run))
+    arguments = [f"task={task}", f"source={source}", "device=cpu", *given]
+    module.evaluate(load(module.schema_of(task), arguments, module.of_run))
     places = [text.partition("=")[2] for text in given if text.startswith("output=")]
     return json.loads(Path(*places or [source / f"eval-{task}.json"]).read_text())
 
@@ -435,8 +436,8 @@ def test_the_place_of_an_evaluation_is_tried_first_and_the_table_printed_in_any_
     capfd.readouterr()
 
     module = script("eval")
-    config = load(module.EvalConfig, ["task=knn", f"source={undisturbed}", f"output={tmp_path}"], module.of_run)
-    monkeypatch.setattr(module, "catalog_features", None)  # it comes to no work
+    config = load(module.schema_of("knn"), ["task=knn", f"source={undisturbed}", f"output={tmp_path}"], module.of_run)
+    monkeypatch.setattr(module, "EvaluationData", None)  # it comes to no work
     with pytest.raises(UsageError, match=r"cannot be written \(it is a folder\): choose another place with output=…"):
         module.evaluate(config)
     assert "top1" not in capfd.readouterr().out

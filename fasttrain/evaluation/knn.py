@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pydantic
@@ -14,8 +15,10 @@ from fasttrain.config import Config
 from fasttrain.distributed import all_gather, all_gather_object, all_reduce, rank
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.accuracy import count_classes, hits
+from fasttrain.evaluation.evaluation import Evaluation, EvaluationConfig, EvaluationData, Subject
 from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.finite import check_features
+from fasttrain.evaluation.parts import Parts
 
 QUERIES, BANK_ROWS = 1024, 65536  # similarities held at a time: 256 MiB
 
@@ -25,6 +28,14 @@ class KNNConfig(Config):
     """Nearest training images that vote; lowered, with a note, to the number of training images."""
     temperature: float = pydantic.Field(default=0.1, gt=0)
     """A neighbour's vote weighs exp(cosine / temperature); Wu et al. use 0.07."""
+
+
+class KNNEvaluation(EvaluationConfig):
+    """kNN accuracy of an encoder."""
+
+    bank: int | None = pydantic.Field(None, ge=1)
+    "training images to use, evenly spaced over the listing; null: all"
+    knn: KNNConfig = KNNConfig()
 
 
 class KNNAccuracy(NamedTuple):
@@ -75,6 +86,13 @@ def knn(train: Features, val: Features, config: KNNConfig | None = None) -> KNNA
     return KNNAccuracy(top1, top5, k, config.temperature, note)
 
 
+def evaluate(subjects: Sequence[Subject], data: EvaluationData, config: KNNEvaluation, parts: Parts) -> KNNAccuracy:
+    """:func:`knn` of the one subject."""
+    encoder = subjects[0].load(data.device)
+    bank = data.features(encoder, "train", data.choose("train", config.bank))
+    return knn(bank, data.features(encoder, "val", data.choose("val")), config.knn)
+
+
 def _directions(features: Tensor) -> Tensor:
     """Unit rows, whatever the range of the features: a square of 10²⁰ would be infinite. Rows of zeros stay zeros."""
     largest = features.abs().amax(1, keepdim=True)
@@ -105,3 +123,6 @@ def _vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float) 
     weight = ((similarity - similarity.amax(1, keepdim=True)) / temperature).exp()
     votes = weight.new_zeros(len(weight), classes).scatter_add_(1, labels, weight)
     return votes.masked_fill(votes == 0, -torch.inf)
+
+
+EVALUATION = Evaluation(KNNEvaluation, evaluate, "accuracy of the nearest training images' vote")

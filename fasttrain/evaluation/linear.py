@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -14,8 +15,10 @@ from fasttrain.config import Config, Where
 from fasttrain.distributed import all_reduce
 from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation.accuracy import count_classes, hits
+from fasttrain.evaluation.evaluation import Evaluation, EvaluationConfig, EvaluationData, Subject
 from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.finite import check_features
+from fasttrain.evaluation.parts import Parts
 
 ROWS = 65536  # rows whose logits are held at a time
 
@@ -36,6 +39,18 @@ class LinearConfig(Config):
     def chooses(self) -> bool:
         """Whether one of several l2 is to be chosen."""
         return len(self.l2) > 1
+
+
+class ProbedConfig(EvaluationConfig):
+    """Evaluations of an encoder with a linear probe on it."""
+
+    bank: int | None = pydantic.Field(None, ge=1)
+    "training images to use, evenly spaced over the listing; null: all"
+    linear: LinearConfig = LinearConfig()
+
+
+class LinearEvaluation(ProbedConfig):
+    """Accuracy of a linear probe on an encoder's frozen features."""
 
 
 class LinearAccuracy(NamedTuple):
@@ -68,6 +83,15 @@ def linear_probe(train: Features, val: Features, config: LinearConfig | None = N
     found = fit_classifier(train, count_classes(train.labels, val.labels), config)
     accuracies = (_accuracy(part, found.weight, found.bias) for part in (train, val))
     return LinearAccuracy(*chain(*accuracies), found.l2, found.held_out)
+
+
+def evaluate(
+    subjects: Sequence[Subject], data: EvaluationData, config: LinearEvaluation, parts: Parts
+) -> LinearAccuracy:
+    """:func:`linear_probe` of the one subject."""
+    encoder = subjects[0].load(data.device)
+    bank = data.features(encoder, "train", data.choose("train", config.bank))
+    return linear_probe(bank, data.features(encoder, "val", data.choose("val")), config.linear)
 
 
 class Classifier(NamedTuple):
@@ -177,3 +201,6 @@ def _zeros(samples: Features, classes: int) -> tuple[Tensor, Tensor]:
 
 def _total(labels: Tensor) -> int:
     return int(all_reduce(torch.tensor(len(labels), device=labels.device)))
+
+
+EVALUATION = Evaluation(LinearEvaluation, evaluate, "accuracy of a linear probe on frozen features")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -19,7 +21,10 @@ from fasttrain.data.catalog import Catalog
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.distributed import all_reduce
 from fasttrain.errors import NotFinite, UsageError
-from fasttrain.evaluation.online import evaluation_batches, thin
+from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject
+from fasttrain.evaluation.images import evaluation_batches, thin
+from fasttrain.evaluation.linear import ProbedConfig, fit_classifier
+from fasttrain.evaluation.parts import Parts
 from fasttrain.models import Encoder
 
 
@@ -39,12 +44,32 @@ class RobustConfig(Config):
         return attack
 
 
+class RobustEvaluation(ProbedConfig):
+    """Accuracy under attack of a linear probe on an encoder's features."""
+
+    robust: RobustConfig = RobustConfig()
+
+
 class RobustAccuracy(NamedTuple):
     """Shares of the images in [0, 1]."""
 
     clean_top1: float
     robust_top1: float
     images: int
+    attack: dict[str, Any] | None = None
+
+
+def evaluate(
+    subjects: Sequence[Subject], data: EvaluationData, config: RobustEvaluation, parts: Parts
+) -> RobustAccuracy:
+    """:func:`robust_accuracy` of the one subject, with the linear probe as classifier."""
+    encoder = subjects[0].load(data.device)
+    bank = data.features(encoder, "train", data.choose("train", config.bank))
+    probe = fit_classifier(bank, len(data.train.classes), config.linear)
+    classify = partial(F.linear, weight=probe.weight, bias=probe.bias)
+    with data.batches("val", data.choose("val", config.robust.images)) as batches:
+        found = robust_accuracy(encoder, classify, batches, config.robust.attack, data.device, data.autocast)
+    return found._replace(attack=config.robust.attack.model_dump())
 
 
 def robust_accuracy(
@@ -120,6 +145,9 @@ class OnlineRobust:
                 self.encoder, self.classifier, batches, self.config.attack, self.device, self.autocast
             )
         return {"clean_top1": found.clean_top1, "robust_top1": found.robust_top1}
+
+
+EVALUATION = Evaluation(RobustEvaluation, evaluate, "accuracy of that probe, clean and under attack")
 
 
 __all__ = ["OnlineRobust", "RobustAccuracy", "RobustConfig", "robust_accuracy"]
