@@ -180,7 +180,9 @@ def run_folder(tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["eval", "finetune"])
 def test_a_runs_settings_hold_for_its_own_data_set_alone(run_folder, name, capsys):
     module = script(name)
-    schema, base = (module.EvalConfig, module.of_run) if name == "eval" else (module.FinetuneConfig, module.of_source)
+    of_eval = name == "eval"
+    schema = module.schema_of("knn") if of_eval else module.FinetuneConfig
+    base = module.of_run if of_eval else module.of_source
     usual = ["task=knn"] if name == "eval" else [f"run.dir={run_folder}/x"]
 
     def settings(*arguments: str):

@@ -285,7 +285,8 @@ def call(name: str, *arguments: str) -> int | None:
         "prepare": ("PrepareConfig", "prepare", None),
     }[name]
     base = [getattr(module, base)] if base else []
-    return getattr(module, body)(load(getattr(module, schema), list(arguments), *base))
+    schema = module.schema_of("knn") if name == "eval" else getattr(module, schema)
+    return getattr(module, body)(load(schema, list(arguments), *base))
 
 
 def test_a_run_of_odd_names_from_end_to_end(tmp_path, capfd, in_process):
