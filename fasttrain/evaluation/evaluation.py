@@ -29,6 +29,7 @@ from fasttrain.evaluation.features import Features, extract
 from fasttrain.evaluation.finite import check_features
 from fasttrain.evaluation.images import catalog_features, chunks, evaluation_batches, own_batches, thin
 from fasttrain.evaluation.parts import Parts
+from fasttrain.evaluation.tasks import Task
 from fasttrain.export import load_encoder
 from fasttrain.models import Encoder, ModelConfig
 from fasttrain.precision import Precision
@@ -210,9 +211,10 @@ class EvaluationData:
     def of(self, split: Split) -> Catalog:
         return self.train if split == "train" else self.val
 
-    def choose(self, split: Split, most: int | None = None) -> np.ndarray:
-        """Indices of at most so many images, evenly spaced over the listing."""
-        indices = thin(self.of(split).indices, most)
+    def choose(self, split: Split, most: int | None = None, task: Task | None = None) -> np.ndarray:
+        """Indices of at most so many images (of the task's classes), evenly spaced over the listing."""
+        indices = self.of(split).indices
+        indices = thin(indices if task is None else task.members(self.of(split), indices), most)
         self.used[split] = len(indices)
         return indices
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -21,6 +21,14 @@ from fasttrain.evaluation.finite import check_features
 from fasttrain.evaluation.parts import Parts
 
 ROWS = 65536  # rows whose logits are held at a time
+
+Total = Callable[[Tensor], Tensor]
+"A tensor of this rank's -> its sum over those that hold samples of one set: all_reduce, or alone."
+
+
+def alone(x: Tensor) -> Tensor:
+    """x, where this rank holds all samples."""
+    return x
 
 
 class LinearConfig(Config):
@@ -77,7 +85,7 @@ def linear_probe(train: Features, val: Features, config: LinearConfig | None = N
     """
     config = config or LinearConfig()
     for name, part in (("training", train), ("validation", val)):
-        if not _total(part.labels):
+        if not _count(part.labels):
             raise UsageError(f"the linear probe has 0 {name} images: give a data set with a {name} split")
     check_features("validation images", val)
     found = fit_classifier(train, count_classes(train.labels, val.labels), config)
@@ -104,26 +112,30 @@ class Classifier(NamedTuple):
 
 
 @torch.no_grad()
-def fit_classifier(train: Features, classes: int, config: LinearConfig) -> Classifier:
+def fit_classifier(train: Features, classes: int, config: LinearConfig, total: Total = all_reduce) -> Classifier:
     """The classifier of :func:`linear_probe`, the same on every rank.
+
+    Args:
+        train: this rank's share; all of it with ``total=alone``, which gives the same bits whatever the number of ranks.
 
     Raises:
         UsageError: no image left on one side of the held-out split.
         NotFinite: a feature is not finite, or the classifier for features as they are would not be.
     """
-    check_features("training images", train)
-    mean, deviation = _moments(train)
+    if total is not alone:
+        check_features("training images", train)
+    mean, deviation = _moments(train, total)
     parts = [((x.double() - mean) / deviation).to(x.dtype) for x in train.features.split(ROWS)]
     standard = train._replace(features=torch.cat(parts))
     choice: dict[float, float] = {}
     if len(config.l2) > 1:
-        fitting, choosing = _split(standard, config.held_out)
+        fitting, choosing = _split(standard, config.held_out, total)
         weight, bias = _zeros(standard, classes)
         for l2 in sorted(config.l2, reverse=True):  # each fit starts from the one more strongly decayed
-            weight, bias = fit(fitting, weight, bias, l2, config.iterations)
-            choice[l2] = _accuracy(choosing, weight, bias)[0]
+            weight, bias = fit(fitting, weight, bias, l2, config.iterations, total)
+            choice[l2] = _accuracy(choosing, weight, bias, total)[0]
     l2 = max(choice, key=choice.__getitem__) if choice else config.l2[0]
-    weight, bias = fit(standard, *_zeros(standard, classes), l2, config.iterations)
+    weight, bias = fit(standard, *_zeros(standard, classes), l2, config.iterations, total)
     weight = weight / deviation
     bias = bias - weight @ mean
     if not (weight.isfinite().all() and bias.isfinite().all()):  # the same on every rank
@@ -131,10 +143,12 @@ def fit_classifier(train: Features, classes: int, config: LinearConfig) -> Class
     return Classifier(weight, bias, l2, choice)
 
 
-def fit(samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
+def fit(
+    samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: int, total: Total = all_reduce
+) -> tuple[Tensor, Tensor]:
     """Minimise mean cross-entropy(W x + b) + l2/2 ‖W‖² over all ranks' samples, from W [C, F] and b [C]."""
     weight, bias = (start.clone().requires_grad_() for start in (weight, bias))
-    count = _total(samples.labels)
+    count = _count(samples.labels, total)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=iterations,
@@ -156,7 +170,7 @@ def fit(samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: 
             weight.grad += error.T @ x
             bias.grad += error.sum(0)
         # one buffer for all three: every rank then takes the same steps
-        sums = all_reduce(torch.cat([loss[None], bias.grad, weight.grad.flatten()])) / count
+        sums = total(torch.cat([loss[None], bias.grad, weight.grad.flatten()])) / count
         bias.grad, weight.grad = sums[1 : 1 + len(bias)], sums[1 + len(bias) :].view_as(weight) + l2 * weight
         return sums[0] + 0.5 * l2 * weight.square().sum()
 
@@ -164,33 +178,33 @@ def fit(samples: Features, weight: Tensor, bias: Tensor, l2: float, iterations: 
     return weight.detach(), bias.detach()
 
 
-def _moments(samples: Features) -> tuple[Tensor, Tensor]:
+def _moments(samples: Features, total: Total) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each feature over all ranks' samples, in float64: squares may exceed float32."""
-    count, dtype = _total(samples.labels), samples.features.dtype
-    mean = (all_reduce(samples.features.sum(0, dtype=torch.double)) / count).to(dtype)
+    count, dtype = _count(samples.labels, total), samples.features.dtype
+    mean = (total(samples.features.sum(0, dtype=torch.double)) / count).to(dtype)
     squares = torch.zeros_like(mean, dtype=torch.double)
     for x in samples.features.split(ROWS):
         squares += (x.double() - mean).square().sum(0)
-    deviation = (all_reduce(squares) / count).sqrt().to(dtype)
+    deviation = (total(squares) / count).sqrt().to(dtype)
     return mean, deviation.masked_fill(deviation == 0, 1)  # a constant feature says nothing: it becomes 0
 
 
-def _split(samples: Features, share: float) -> tuple[Features, Features]:
+def _split(samples: Features, share: float, total: Total) -> tuple[Features, Features]:
     """Samples to fit on and to choose on, by a hash of the index that spreads neighbours (of a class, often) evenly."""
     held = (samples.index * 2654435761) % 2**32 < share * 2**32
     parts = tuple(Features(*(member[mask] for member in samples)) for mask in (~held, held))
-    if not all(_total(part.labels) for part in parts):
+    if not all(_count(part.labels, total) for part in parts):
         raise UsageError(
-            f"held_out={share} of {_total(samples.labels)} training images leaves one side empty: set one l2"
+            f"held_out={share} of {_count(samples.labels, total)} training images leaves one side empty: set one l2"
         )
     return parts
 
 
-def _accuracy(samples: Features, weight: Tensor, bias: Tensor) -> tuple[float, float]:
+def _accuracy(samples: Features, weight: Tensor, bias: Tensor, total: Total = all_reduce) -> tuple[float, float]:
     correct = torch.zeros(2, dtype=torch.int64, device=bias.device)
     for x, labels in zip(samples.features.split(ROWS), samples.labels.split(ROWS), strict=True):
         correct += hits(F.linear(x, weight, bias), labels)
-    top1, top5 = (all_reduce(correct) / _total(samples.labels)).tolist()
+    top1, top5 = (total(correct) / _count(samples.labels, total)).tolist()
     return top1, top5
 
 
@@ -199,8 +213,8 @@ def _zeros(samples: Features, classes: int) -> tuple[Tensor, Tensor]:
     return weight, weight.new_zeros(classes)
 
 
-def _total(labels: Tensor) -> int:
-    return int(all_reduce(torch.tensor(len(labels), device=labels.device)))
+def _count(labels: Tensor, total: Total = all_reduce) -> int:
+    return int(total(torch.tensor(len(labels), device=labels.device)))
 
 
 EVALUATION = Evaluation(LinearEvaluation, evaluate, "accuracy of a linear probe on frozen features")
