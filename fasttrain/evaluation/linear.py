@@ -116,7 +116,7 @@ def fit_classifier(train: Features, classes: int, config: LinearConfig, total: T
     """The classifier of :func:`linear_probe`, the same on every rank.
 
     Args:
-        train: this rank's share; all of it with ``total=alone``, which gives the same bits whatever the number of ranks.
+        train: this rank's share; all of it with ``total=alone``, the same bits whatever the number of ranks.
 
     Raises:
         UsageError: no image left on one side of the held-out split.

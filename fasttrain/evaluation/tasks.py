@@ -81,8 +81,8 @@ def tasks_of(asked: Sequence[Classes] | str, catalog: Catalog, seed: int = 0) ->
         total = len(catalog.classes)
         if int(count) * WAY > total:
             raise UsageError(
-                f"tasks={asked}: {count} disjoint {WAY}-way tasks need {int(count) * WAY} classes, and '{catalog.root}' "
-                f"has {total}"
+                f"tasks={asked}: {count} disjoint {WAY}-way tasks need {int(count) * WAY} classes, and "
+                f"'{catalog.root}' has {total}"
             )
         order = np.random.Generator(np.random.Philox(key=seed)).permutation(total)
         return [task_of(tuple(sorted(part.tolist())), catalog) for part in order[: int(count) * WAY].reshape(-1, WAY)]
