@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -27,7 +27,7 @@ from fasttrain.data.loader import LoaderConfig
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.features import Features, extract
 from fasttrain.evaluation.finite import check_features
-from fasttrain.evaluation.images import catalog_features, chunks, evaluation_batches, own_batches, thin
+from fasttrain.evaluation.images import catalog_features, chunks, evaluation_batches, own_batches, thin, why_not_finite
 from fasttrain.evaluation.parts import Parts
 from fasttrain.evaluation.tasks import Task
 from fasttrain.export import load_encoder
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Split = Literal["train", "val"]
+
+WHOLE = 1 << 30
+"Bytes of features that every rank may hold."
 
 
 class CropConfig(AugmentConfig):
@@ -230,9 +233,21 @@ class EvaluationData:
         """Behind catalogue, indices and batch: what the functions of :mod:`fasttrain.evaluation.images` are told."""
         return self.config.augment, self.config.loader, self.device
 
-    def features(self, encoder: Encoder, split: Split, indices: np.ndarray) -> Features:
-        """This rank's share, all ranks together: what kNN and the linear probe take."""
-        return catalog_features(encoder, self.of(split), indices, self.config.batch, *self.where, self.autocast)
+    def features(self, encoder: Encoder, **indices: np.ndarray) -> tuple[dict[str, Features], bool]:
+        """The features of each split's ``indices``, and whether they are shared among the ranks; all ranks together.
+
+        What takes at most :data:`WHOLE` bytes every rank holds, whole and in bits the same for any number of ranks, and
+        so is what follows from it. Of more each rank holds a share, and results over ranks agree to rounding.
+        """
+        count = sum(map(len, indices.values()))
+        shared = count * encoder.backbone.num_features * 4 > WHOLE
+        where = self.config.batch, *self.where, self.autocast
+        return {
+            split: catalog_features(encoder, self.of(split), chosen, *where)
+            if shared
+            else self.all_features(encoder, split, chosen)
+            for split, chosen in indices.items()
+        }, shared
 
     def batches(self, split: Split, indices: np.ndarray):
         """This rank's share of the images, in batches, as a context; all ranks together."""
@@ -251,13 +266,17 @@ class EvaluationData:
             NotFinite: some are not.
         """
         mine = chunks(indices, self.config.batch)[distributed.rank() :: distributed.world_size()]
-        none = torch.zeros(0, dtype=torch.int64)
-        share = Features(torch.zeros(0, encoder.backbone.num_features), none, none)
-        if mine:
-            with self.own_batches(split, np.concatenate(mine)) as batches:
-                share = Features(*(part.cpu() for part in extract(encoder, batches, self.device, self.autocast)))
-        check_features(f"{split} images", share._replace(features=share.features.to(self.device)))
-        parts = [_gathered(part) for part in share]
+
+        def encoded(chosen: np.ndarray, autocast: torch.dtype | None) -> Features:
+            if not len(chosen):
+                none = torch.zeros(0, dtype=torch.int64, device=self.device)
+                return Features(torch.zeros(0, encoder.backbone.num_features, device=self.device), none, none)
+            with self.own_batches(split, chosen) as batches:
+                return extract(encoder, batches, self.device, autocast)
+
+        share = encoded(np.concatenate(mine) if mine else indices[:0], self.autocast)
+        check_features(f"{split} images", share, partial(why_not_finite, encoder, self.autocast, encoded))
+        parts = [_gathered(part.cpu()) for part in share]
         shares = [Features(*members) for members in zip(*parts, strict=True)]
         size, pieces = self.config.batch, []
         for number in range(len(chunks(indices, size))):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,16 +41,24 @@ def catalog_features(
         with evaluation_batches(catalog, chosen, batch, augment, loader, device) as batches:
             return extract(encoder, batches, device, dtype)
 
-    def why(images: list[int]) -> str:
-        def finite_in_fp32() -> bool:
-            again = encoded(np.asarray(images), None)
-            return not distributed.any_rank(not bool(again.features.isfinite().all()))
-
-        return reason(encoder, autocast, finite_in_fp32)
-
     found = encoded(indices, autocast)
-    check_features(f"{catalog.split} images", found, why)
+    check_features(f"{catalog.split} images", found, partial(why_not_finite, encoder, autocast, encoded))
     return found
+
+
+def why_not_finite(
+    encoder: Encoder,
+    autocast: torch.dtype | None,
+    encoded: Callable[[np.ndarray, torch.dtype | None], Features],
+    images: list[int],
+) -> str:
+    """Why the features of these images are not finite; all ranks together, ``encoded`` giving those in a precision."""
+
+    def finite_in_fp32() -> bool:
+        again = encoded(np.asarray(images), None)
+        return not distributed.any_rank(not bool(again.features.isfinite().all()))
+
+    return reason(encoder, autocast, finite_in_fp32)
 
 
 @contextmanager

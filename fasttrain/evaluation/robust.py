@@ -23,7 +23,7 @@ from fasttrain.distributed import all_reduce
 from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject
 from fasttrain.evaluation.images import evaluation_batches, thin
-from fasttrain.evaluation.linear import ProbedConfig, fit_classifier
+from fasttrain.evaluation.linear import ProbedConfig, alone, fit_classifier
 from fasttrain.evaluation.parts import Parts
 from fasttrain.models import Encoder
 
@@ -64,8 +64,8 @@ def evaluate(
 ) -> RobustAccuracy:
     """:func:`robust_accuracy` of the one subject, with the linear probe as classifier."""
     encoder = subjects[0].load(data.device)
-    bank = data.features(encoder, "train", data.choose("train", config.bank))
-    probe = fit_classifier(bank, len(data.train.classes), config.linear)
+    banks, shared = data.features(encoder, train=data.choose("train", config.bank))
+    probe = fit_classifier(banks["train"], len(data.train.classes), config.linear, all_reduce if shared else alone)
     classify = partial(F.linear, weight=probe.weight, bias=probe.bias)
     with data.batches("val", data.choose("val", config.robust.images)) as batches:
         found = robust_accuracy(encoder, classify, batches, config.robust.attack, data.device, data.autocast)
