@@ -71,6 +71,7 @@ def evaluate(config: EvaluationConfig) -> int:
         try:
             found = evaluation.evaluate(subjects, data, config, parts)
         except Stopped:
+            distributed.say("stopped: what is done is kept, and the same command goes on")
             return cli.EXIT_SAVED_ON_SIGNAL
     if distributed.rank() == 0:
         seconds = round(time.perf_counter() - began, 1)

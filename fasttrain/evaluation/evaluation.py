@@ -30,6 +30,7 @@ from fasttrain.evaluation.finite import check_features
 from fasttrain.evaluation.images import catalog_features, chunks, evaluation_batches, own_batches, thin, why_not_finite
 from fasttrain.evaluation.parts import Parts
 from fasttrain.evaluation.tasks import Task
+from fasttrain.evaluation.watching import watched
 from fasttrain.export import load_encoder
 from fasttrain.models import Encoder, ModelConfig
 from fasttrain.precision import Precision
@@ -272,7 +273,8 @@ class EvaluationData:
                 none = torch.zeros(0, dtype=torch.int64, device=self.device)
                 return Features(torch.zeros(0, encoder.backbone.num_features, device=self.device), none, none)
             with self.own_batches(split, chosen) as batches:
-                return extract(encoder, batches, self.device, autocast)
+                seen = watched(batches, f"{split} features", -(-len(chosen) // self.config.batch))
+                return extract(encoder, seen, self.device, autocast)
 
         share = encoded(np.concatenate(mine) if mine else indices[:0], self.autocast)
         check_features(f"{split} images", share, partial(why_not_finite, encoder, self.autocast, encoded))

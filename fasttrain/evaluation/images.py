@@ -17,6 +17,7 @@ from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.features import Features, extract
 from fasttrain.evaluation.finite import check_features, reason
+from fasttrain.evaluation.watching import watched
 from fasttrain.models import Encoder
 from fasttrain.stop import heeded, until_stopped
 
@@ -39,7 +40,8 @@ def catalog_features(
 
     def encoded(chosen: np.ndarray, dtype: torch.dtype | None) -> Features:
         with evaluation_batches(catalog, chosen, batch, augment, loader, device) as batches:
-            return extract(encoder, batches, device, dtype)
+            count = -(-len(chosen) // (batch * distributed.world_size()))
+            return extract(encoder, watched(batches, f"{catalog.split} features", count), device, dtype)
 
     found = encoded(indices, autocast)
     check_features(f"{catalog.split} images", found, partial(why_not_finite, encoder, autocast, encoded))
