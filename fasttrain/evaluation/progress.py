@@ -229,6 +229,9 @@ def distances(
         floor: what smaller probabilities are taken for.
         device: where to compute; None: where the models are.
 
+    Returns:
+        [M, M] float64, on the CPU.
+
     Raises:
         UsageError: no probabilities, not of as many images and classes, or less memory than an image takes.
     """

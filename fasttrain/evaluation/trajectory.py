@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from math import log
+from math import ceil, log
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 A_ROW = 4
-"Tasks side by side in the picture."
+"Tasks side by side in the picture, at most."
 
 Name = Annotated[str | tuple[str, ...], Field(union_mode="left_to_right")]
 "A task's name, or the list of classes that it shows."
@@ -108,10 +108,10 @@ class TaskMap(NamedTuple):
 
 
 class TrajectoryResult(NamedTuple):
-    """Of each task, and the bytes that blocks took at most."""
+    """Of each task."""
 
     tasks: list[TaskMap]
-    memory: int
+    memory: int  # bytes that a rank's largest block and the largest matrix take
 
 
 class Compared(NamedTuple):
@@ -140,23 +140,19 @@ def evaluate(
             task that a source lacks, or none in common; seeds of one method have unequally many epochs; less memory
             than a single image takes.
     """
-    tasks = distributed.agree(lambda: compared(subjects, config.tasks))
     memory = int(config.memory * 2**30)
-    taken = distributed.agree(lambda: max(_taken(task, memory) for task in tasks))
-    work: dict[str, Callable[[], Found]] = {}
-    points: list[Point] = []
-    for task in tasks:
-        for point, job in _jobs(task, memory, data.device):
-            work[key_of(point)] = job
-            points.append(point)
+    tasks = distributed.agree(lambda: compared(subjects, config.tasks))
+    jobs = distributed.agree(lambda: [job for task in tasks for job in _jobs(task, memory, data.device)])
+    work = {key_of(job.point): job.work for job in jobs}
 
     def work_on(point: Point) -> Found:
         with one_thread():
             return work[key_of(point)]()
 
-    found = iter(parts.run("trajectories", points, work_on))
+    found = iter(parts.run("trajectories", [job.point for job in jobs], work_on))
     with one_thread():
-        return TrajectoryResult([_mapped(task, found, config.axes) for task in tasks], taken)
+        maps = [_mapped(task, found, config.axes) for task in tasks]
+    return TrajectoryResult(maps, max(job.memory for job in jobs) + max(_bytes(one.distances) for one in maps))
 
 
 def compared(subjects: Sequence[Subject], wanted: Sequence[str | Sequence[str]] | None) -> list[Compared]:
@@ -220,27 +216,37 @@ def _check_epochs(task: Compared) -> None:
             )
 
 
-def _jobs(task: Compared, memory: int, device: torch.device) -> list[tuple[Point, Callable[[], Found]]]:
+class Job(NamedTuple):
+    """A point of the work, and what finds it."""
+
+    point: Point
+    work: Callable[[], Found]
+    memory: int  # bytes that its largest block takes
+
+
+def _jobs(task: Compared, memory: int, device: torch.device) -> list[Job]:
     """First a trajectory each, then the tiles of the matrix of all models."""
     models, floor = task.models, task.floor
     images, classes = models[0].shape
     labels = task.members[0][1].labels
     keys = [_digest(model) for model in models]
-    jobs: list[tuple[Point, Callable[[], Found]]] = []
+    jobs: list[Job] = []
 
-    def add(what: str, of: Sequence[list[str]], others: int, job: Callable[[], Found], **more: str) -> None:
-        size = min(images, block_size(len(of[0]), others, classes, memory))
-        hashes = [key_of({"models": keys}) for keys in of]
-        jobs.append(({"what": what, "models": hashes, "floor": floor, "block": size, **more}, job))
+    def add(what: str, of: Sequence[slice], others: int, work: Callable[[], Found], **more: str) -> None:
+        rows = len(keys[of[0]])
+        size = min(images, block_size(rows, others, classes, memory))
+        hashes = [key_of({"models": keys[part]}) for part in of]
+        point = {"what": what, "models": hashes, "floor": floor, "block": size, **more}
+        jobs.append(Job(point, work, size * block_bytes(rows, others, classes)))
 
-    at = 0
+    end = 0
     for _, one in task.members:
-        rows = slice(at, at := at + len(one.probabilities))
-        job = partial(_progress, models[rows], labels, memory, floor, device)
-        add("progress", [keys[rows]], 2, job, labels=_digest(labels))
+        rows = slice(end, end := end + len(one.probabilities))
+        work = partial(_progress, models[rows], labels, memory, floor, device)
+        add("progress", [rows], 2, work, labels=_digest(labels))
     for rows, columns in tiles_of(len(models)):
-        job = partial(_distances, models[rows], models[columns], memory, floor, device)
-        add("distances", [keys[rows], keys[columns]], len(models[columns]), job)
+        work = partial(_distances, models[rows], models[columns], memory, floor, device)
+        add("distances", [rows, columns], len(models[columns]), work)
     return jobs
 
 
@@ -257,9 +263,7 @@ def _progress(models: list[Tensor], labels: Tensor, memory: int, floor: float, d
     }
 
 
-def _distances(
-    rows: list[Tensor], columns: list[Tensor], memory: int, floor: float, device: torch.device
-) -> dict[str, Tensor]:
+def _distances(rows: list[Tensor], columns: list[Tensor], memory: int, floor: float, device: torch.device) -> Found:
     return {"distances": cross(rows, columns, memory, floor, device)}
 
 
@@ -268,13 +272,8 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.blake2b(content, digest_size=12, person=str(tensor.dtype).encode()[-16:]).hexdigest()
 
 
-def _taken(task: Compared, memory: int) -> int:
-    """Bytes: of the largest block, and of the matrix."""
-    models = task.models
-    images, classes = models[0].shape
-    sizes = [(len(models[rows]), len(models[columns])) for rows, columns in tiles_of(len(models))]
-    blocks = [min(images, block_size(*size, classes, memory)) * block_bytes(*size, classes) for size in sizes]
-    return max(blocks) + 8 * (len(models) + 2) ** 2
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _mapped(task: Compared, found: Iterator[Found], axes: int) -> TaskMap:
@@ -357,8 +356,8 @@ def figure(found: TrajectoryResult) -> Figure:
     """A column a task: all trajectories along InPCA's first two axes, and progress against the epoch."""
     from matplotlib.lines import Line2D
 
-    columns = min(A_ROW, len(found.tasks))
-    rows = -(-len(found.tasks) // columns)
+    rows = ceil(len(found.tasks) / A_ROW)
+    columns = ceil(len(found.tasks) / rows)
     whole, axes = panels(2 * rows, columns, 4.4, 3.7)
     names = list(dict.fromkeys(one.method for task in found.tasks for one in task.methods))
     styles = {name: style(number) for number, name in enumerate(names)}
@@ -375,7 +374,7 @@ def figure(found: TrajectoryResult) -> Figure:
         Line2D([], [], color="0.4", linestyle="", marker="o", markerfacecolor="white", label="at the start"),
         Line2D([], [], color="0.4", linestyle="", marker="o", label="after the last epoch"),
     ]
-    whole.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 + 2 * columns), frameon=False)
+    whole.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns), frameon=False)
     return whole
 
 
@@ -392,6 +391,7 @@ def _draw_map(axis: Axes, task: TaskMap, styles: dict[str, Style]) -> None:
         axis.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=12)
     axis.set_aspect("equal", adjustable="datalim")
     axis.margins(0.12)
+    axis.locator_params(nbins=5)
     axis.set_title(textwrap.fill(task.task, 44), fontsize=10)
     axis.set(xlabel=f"InPCA axis 1: {_axis(task, 0)}", ylabel=f"InPCA axis 2: {_axis(task, 1)}")
     axis.grid(alpha=0.3)
@@ -406,7 +406,8 @@ def _draw_progress(axis: Axes, task: TaskMap, styles: dict[str, Style]) -> None:
         if one.sd is not None:
             sd = torch.tensor(one.sd)
             axis.fill_between(epochs, (mean - sd).clamp(min=0), (mean + sd).clamp(max=1), color=colour, alpha=0.2, lw=0)
-    axis.set(xlabel="epoch", ylabel="progress $t_w$ (mean ± sd)")
+    spread = " (mean ± sd)" if any(one.sd is not None for one in task.methods) else ""
+    axis.set(xlabel="epoch", ylabel=f"progress $t_w${spread}")
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
