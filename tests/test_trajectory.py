@@ -96,6 +96,7 @@ def test_all_distances_are_those_of_pairs_whatever_the_blocks(memory, monkeypatc
     found = distances(many, memory=memory)
     assert close(found, expected, 1e-15) and found.equal(found.T) and not found.diagonal().any()
     assert close(distances([one.float() for one in many], memory=memory), expected, 1e-6)
+    assert close(distances([many[0].half(), many[1].float()], memory=memory), expected[:2, :2], 1e-3)
     t = progress(many, uniform(9, C), truth(LABELS.repeat(2)[:9], C))
     assert close(progress(many, uniform(9, C), truth(LABELS.repeat(2)[:9], C), memory=memory), t, 1e-14)
 
@@ -329,6 +330,8 @@ def test_what_is_not_there_is_a_line(sources, tmp_path):
         compared(subjects(tmp_path, "b", "."), None)
     with pytest.raises(UsageError, match=r"takes .* MiB, and .* are allowed"):
         evaluate_here(sources, "memory=1e-9")
+    with pytest.raises(UsageError, match=r"tasks=.*should have at least 1 item"):
+        evaluate_here(sources, "tasks=[]")
     with pytest.raises(UsageError, match="unknown key 'data"):
         evaluate_here(sources, "data.root=/data")
     write_trajectories(tmp_path / "a-2" / FILE, [trajectory("x", epochs=5)])

@@ -2,8 +2,8 @@
 
 ::
 
-    trajectories.safetensors of each source ── progress of each, a point a trajectory ────────┐
-    ── distances of all models, P_0 and P* with them, a point a tile ── InPCA, a task at a time ── picture
+    trajectories.safetensors ─┬─ progress, and distances from P_0 and to P*: a point a trajectory ─┬─ InPCA ── picture
+    of each source            └─ distances of all models of a task: a point a tile of the matrix ──┘
 
 No image is read and no network: probabilities are what trajectories keep.
 """
@@ -60,7 +60,7 @@ class TrajectoryEvaluation(SourcesConfig):
 
     source: tuple[PathText, ...] = Field(min_length=1)  # type: ignore[assignment]
     "folders with a trajectories.safetensors, one or several; the arguments after the first"
-    tasks: tuple[Name, ...] | None = None
+    tasks: tuple[Name, ...] | None = Field(None, min_length=1)
     "names of the tasks to show, or their classes: [[0,1,2,3,4]]; null: all that the sources have in common"
     axes: int = Field(3, ge=2)
     "how many of InPCA's axes to give coordinates along; eigenvalues are given of all"
@@ -168,11 +168,11 @@ def compared(subjects: Sequence[Subject], wanted: Sequence[str | Sequence[str]] 
         left = sorted(set(chain.from_iterable(names)) - set(chosen))
         if not chosen:
             what = "; ".join(f"'{s.source}' has {', '.join(own)}" for (s, _), own in zip(kept, names, strict=True))
-            raise UsageError(f"the sources have no task in common: {what or 'none at all'}")
+            raise UsageError(f"the sources have no task in common: {what}")
         if left:
             distributed.say(f"not of all sources, and left out: {', '.join(left)}")
     else:
-        chosen = [one if isinstance(one, str) else f"[{', '.join(one)}]" for one in wanted]
+        chosen = list(dict.fromkeys(one if isinstance(one, str) else f"[{', '.join(one)}]" for one in wanted))
         for (subject, _), own in zip(kept, names, strict=True):
             if lacking := [name for name in chosen if name not in own]:
                 raise UsageError(f"'{subject.source}' has no task {lacking[0]}: its tasks are {', '.join(own)}")
@@ -186,22 +186,24 @@ def compared(subjects: Sequence[Subject], wanted: Sequence[str | Sequence[str]] 
 
 def _check_same(first: tuple[Subject, Trajectory], other: tuple[Subject, Trajectory]) -> None:
     one, two = first[1], other[1]
-    differs = (
-        f"another data set (fingerprint {two.data}, not {one.data})"
-        if one.data != two.data
-        else f"other classes, or in another order ({', '.join(two.classes)}, not {', '.join(one.classes)})"
-        if one.classes != two.classes
-        else f"other validation images ({len(two.index):,}, not these {len(one.index):,})"
-        if not torch.equal(one.index, two.index)
-        else "other labels of the same images"
-        if not torch.equal(one.labels, two.labels)
-        else ""
+    of_two = (
+        (one.data != two.data, f"another data set (fingerprint {two.data}, not {one.data})"),
+        (
+            one.classes != two.classes,
+            f"other classes, or in another order ({', '.join(two.classes)}, not {', '.join(one.classes)})",
+        ),
+        (
+            not torch.equal(one.index, two.index),
+            f"other validation images ({len(two.index):,}, not these {len(one.index):,})",
+        ),
+        (not torch.equal(one.labels, two.labels), "other labels of the same images"),
     )
-    if differs:
-        raise UsageError(
-            f"the trajectories of task {one.task} in '{other[0].source}' are of {differs} than those in "
-            f"'{first[0].source}': run transfer of both on the same data, with the same tasks"
-        )
+    for differs, how in of_two:
+        if differs:
+            raise UsageError(
+                f"the trajectories of task {one.task} in '{other[0].source}' are of {how} than those in "
+                f"'{first[0].source}': run transfer of both on the same data, with the same tasks"
+            )
 
 
 def _check_epochs(task: Compared) -> None:
@@ -268,8 +270,9 @@ def _distances(rows: list[Tensor], columns: list[Tensor], memory: int, floor: fl
 
 
 def _digest(tensor: Tensor) -> str:
-    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content, digest_size=12, person=str(tensor.dtype).encode()[-16:]).hexdigest()
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=12)
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> int:
