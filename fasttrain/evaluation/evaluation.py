@@ -59,8 +59,8 @@ class CropConfig(AugmentConfig):
         return False
 
 
-class EvaluationConfig(Config):
-    """What all evaluations are told: what to evaluate, how and on what."""
+class SourceConfig(Config):
+    """What all evaluations are told, those too that show a network no image."""
 
     task: str
     "which evaluation; the first argument"
@@ -68,10 +68,20 @@ class EvaluationConfig(Config):
     "a run's folder or a weights file; the second argument"
     output: PathText | None = None
     "the JSON file; null: eval-<task>.json beside the weights"
-    batch: int = Field(256, ge=1)
-    "images each rank encodes at a time"
     device: distributed.Device = "auto"
     "auto: the GPU when there is one"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Of one, or of several."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+
+class EvaluationConfig(SourceConfig):
+    """What evaluations of an encoder are told: what to evaluate, how and on what."""
+
+    batch: int = Field(256, ge=1)
+    "images each rank encodes at a time"
     precision: Precision = "auto"
     "of the features: auto is bf16 where the hardware has it, else fp32"
     model: ModelConfig | None = None
@@ -80,14 +90,9 @@ class EvaluationConfig(Config):
     augment: CropConfig = CropConfig()
     loader: LoaderConfig = LoaderConfig()
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Of one, or of several."""
-        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
 
-
-class ComparisonConfig(EvaluationConfig):
-    """What evaluations of one encoder or several are told."""
+class SourcesConfig(SourceConfig):
+    """What evaluations of several sources, or of one, are told."""
 
     source: tuple[PathText, ...] = Field(min_length=1)  # type: ignore[assignment]
     "runs' folders or weights files, one or several; the arguments after the first"
@@ -112,6 +117,10 @@ class ComparisonConfig(EvaluationConfig):
         if names is not None and len(names) != count:
             raise ValueError(f"{len(names)} names for {count} sources: give one each, in the order of the sources")
         return names
+
+
+class ComparisonConfig(SourcesConfig, EvaluationConfig):
+    """What evaluations of one encoder or several are told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +148,7 @@ class Subject:
         return distributed.agree(lambda: load_encoder(self.source, self.model)).to(device)
 
 
-def subjects_of(config: EvaluationConfig) -> list[Subject]:
+def subjects_of(config: SourceConfig) -> list[Subject]:
     """What ``config`` evaluates, in its order.
 
     Runs whose settings differ in ``run.seed`` and ``run.dir`` alone are of one method, named after the first's folder
@@ -150,14 +159,14 @@ def subjects_of(config: EvaluationConfig) -> list[Subject]:
     methods: dict[str, str] = {}
     for position, source in enumerate(config.sources):
         settings = inherited.settings_of(source)
-        own = Path(source).resolve().name if settings else Path(source).resolve().stem
+        own = Path(source).resolve().name if Path(source).is_dir() else Path(source).resolve().stem
         if names is not None:
             method = names[position]
         elif settings:
             method = methods.setdefault(_without_seed(settings), own)
         else:
             method = own
-        subjects.append(Subject(source, own, method, settings, config.model))
+        subjects.append(Subject(source, own, method, settings, getattr(config, "model", None)))
     if names is None:
         shared = {s.method for s in subjects if sum(t.method == s.method for t in subjects) > 1}
         short = {method: method.rstrip("0123456789").rstrip("-_. ") or method for method in shared}
@@ -305,7 +314,7 @@ def flat(found: Any) -> list[str]:
 class Evaluation(NamedTuple):
     """A line of the table in ``launch/eval.py``."""
 
-    config: type[EvaluationConfig]
+    config: type[SourceConfig]
     evaluate: Callable[[Sequence[Subject], EvaluationData, Any, Parts], Any]
     "(subjects, data, settings, parts) -> a NamedTuple; all ranks together, and the same on each"
     about: str
@@ -333,7 +342,7 @@ def split_arrays(value: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
     return plain, {key: tensor for _, found in parts.values() for key, tensor in found.items()}
 
 
-def place_of(config: EvaluationConfig, subjects: Sequence[Subject]) -> Path:
+def place_of(config: SourceConfig, subjects: Sequence[Subject]) -> Path:
     """Where the result goes: ``config.output``, or beside the weights, or in the folder that holds all of several.
 
     Raises:
@@ -356,6 +365,8 @@ __all__ = [
     "Evaluation",
     "EvaluationConfig",
     "EvaluationData",
+    "SourceConfig",
+    "SourcesConfig",
     "Split",
     "Subject",
     "fingerprint",
