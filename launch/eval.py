@@ -46,7 +46,7 @@ from safetensors.torch import save
 
 ELSEWHERE = "choose another place with output=…"
 
-TASKS = ("knn", "linear", "robust")
+TASKS = ("knn", "linear", "robust", "views", "fare")
 "Each a module of fasttrain.evaluation."
 EVALUATIONS: dict[str, Evaluation] = {task: import_module(f"fasttrain.evaluation.{task}").EVALUATION for task in TASKS}
 
@@ -114,7 +114,8 @@ def of_run(given: dict[str, Any]) -> dict[str, Any]:
     source = given.get("source")
     source = source[0] if isinstance(source, list) and source else source
     saved = inherited.settings_of(source)
-    return inherited.data_of(saved, given) | {key: saved[key] for key in ("augment",) if key in saved}
+    sections = inherited.data_of(saved, given) | {key: saved[key] for key in ("augment",) if key in saved}
+    return {key: values for key, values in sections.items() if key in schema_of(str(given.get("task"))).model_fields}
 
 
 def schema_of(task: str) -> type[EvaluationConfig]:

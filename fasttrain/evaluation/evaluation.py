@@ -82,10 +82,12 @@ class EvaluationConfig(Config):
         return (self.source,) if isinstance(self.source, str) else tuple(self.source)
 
 
-class ComparisonConfig(EvaluationConfig):
-    """What evaluations of one encoder or several are told."""
+class SourcesConfig(Config):
+    """One source or several, and what they are called."""
 
-    source: tuple[PathText, ...] = Field(min_length=1)  # type: ignore[assignment]
+    task: str
+    "which evaluation; the first argument"
+    source: tuple[PathText, ...] = Field(min_length=1)
     "runs' folders or weights files, one or several; the arguments after the first"
     output: PathText | None = None
     "the JSON file; null: eval-<task>.json beside the weights, or in the folder that holds all of several runs"
@@ -108,6 +110,22 @@ class ComparisonConfig(EvaluationConfig):
         if names is not None and len(names) != count:
             raise ValueError(f"{len(names)} names for {count} sources: give one each, in the order of the sources")
         return names
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.source
+
+
+class FilesConfig(SourcesConfig):
+    """What evaluations are told that read what runs logged, and neither images nor weights."""
+
+    device: ClassVar[distributed.Device] = "cpu"
+    precision: ClassVar[Precision] = "fp32"
+    model: ClassVar[None] = None
+
+
+class ComparisonConfig(SourcesConfig, EvaluationConfig):
+    """What evaluations of one encoder or several are told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +153,7 @@ class Subject:
         return distributed.agree(lambda: load_encoder(self.source, self.model)).to(device)
 
 
-def subjects_of(config: EvaluationConfig) -> list[Subject]:
+def subjects_of(config: EvaluationConfig | SourcesConfig) -> list[Subject]:
     """What ``config`` evaluates, in its order.
 
     Runs whose settings differ in ``run.seed`` and ``run.dir`` alone are of one method, named after the first's folder
@@ -284,7 +302,7 @@ def flat(found: Any) -> list[str]:
 class Evaluation(NamedTuple):
     """A line of the table in ``launch/eval.py``."""
 
-    config: type[EvaluationConfig]
+    config: type[EvaluationConfig] | type[FilesConfig]
     evaluate: Callable[[Sequence[Subject], EvaluationData, Any, Parts], Any]
     "(subjects, data, settings, parts) -> a NamedTuple; all ranks together, and the same on each"
     about: str
@@ -312,7 +330,7 @@ def split_arrays(value: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
     return plain, {key: tensor for _, found in parts.values() for key, tensor in found.items()}
 
 
-def place_of(config: EvaluationConfig, subjects: Sequence[Subject]) -> Path:
+def place_of(config: EvaluationConfig | SourcesConfig, subjects: Sequence[Subject]) -> Path:
     """Where the result goes: ``config.output``, or beside the weights, or in the folder that holds all of several.
 
     Raises:
@@ -335,6 +353,8 @@ __all__ = [
     "Evaluation",
     "EvaluationConfig",
     "EvaluationData",
+    "FilesConfig",
+    "SourcesConfig",
     "Split",
     "Subject",
     "fingerprint",
