@@ -28,6 +28,7 @@ from fasttrain.evaluation.logged import (
     called,
     check_one_data_set,
     draw,
+    from_zero,
     labels,
     logged,
     mean_of,
@@ -104,7 +105,8 @@ def of_run(subject: Subject, method: str, lines: Lines) -> FareRun:
     losses = {name: found for name, key in LOSSES.items() if (found := series(lines, key)) is not None}
     if "adversarial" not in losses:
         raise UsageError(
-            f"'{subject.source}' has reported no adversarial loss yet: let it take run.log_every steps, or leave it out"
+            f"'{subject.source}' has reported no {LOSSES['adversarial']}: let it take run.log_every steps first, or "
+            "leave it out"
         )
     accuracies = {name: found for name in ACCURACIES if (found := series(lines, name)) is not None}
     return FareRun(subject.name, method, losses, accuracies, {name: reached(one) for name, one in accuracies.items()})
@@ -138,7 +140,7 @@ def attack_text(robust: dict[str, Any]) -> str:
 
 
 def lines(found: FareResult) -> list[str]:
-    """A row a run: accuracies at first (the source's), at last and at best; ``points`` from the source's to the last."""
+    """A row a run: accuracies of the source, at last and at best; ``points``: of clean accuracy, from first to last."""
     rows = [["run", "", "steps", "source", "clean", "points", "best", "at step", "source", "robust", "best", "at step"]]
     for run in found.runs:
         row = [run.name, run.method if run.method != run.name else "", f"{int(run.losses['adversarial'].steps[-1]):,}"]
@@ -183,9 +185,7 @@ def figure(found: FareResult) -> Figure:
     if found.attack is not None:
         axes[1, 1].set_title(attack_text(found.attack), fontsize="small")
     for axis in axes.flat:
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
+        from_zero(axis)
     handles = [
         axes[0, 0].plot([], [], **style(number)._asdict(), label=called(method, len(seeds)))[0]
         for number, (method, seeds) in enumerate(methods.items())

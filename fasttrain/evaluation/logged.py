@@ -26,7 +26,7 @@ Lines = list[dict[str, Any]]
 R = TypeVar("R")
 "Whatever has a ``method``."
 
-SIDE = ("run.", "loader.", "export.", "train.device", "train.cuda_graph", "data.root")
+SIDE = ("run.", "loader.", "export.", "robust.", "train.device", "train.cuda_graph", "data.root")
 "Settings that say nothing of what is compared."
 MOST = 3
 "Settings named in a label."
@@ -195,6 +195,14 @@ def draw(axis: Axes, x: Tensor, of: Curve, look: Style, scale: float = 1.0, **op
         axis.fill_between(x, mean - sd, mean + sd, color=look.color, alpha=0.2, linewidth=0)
 
 
+def from_zero(axis: Axes) -> None:
+    """Let what is drawn be read off: from 0 up, on a grid."""
+    axis.update_datalim([(0.0, 0.0)], updatex=False)
+    axis.autoscale_view()
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+
+
 def by_method(runs: Sequence[R]) -> dict[str, list[R]]:
     """Each method's seeds, in the order of the first ones."""
     methods: dict[str, list[R]] = {}
@@ -247,6 +255,7 @@ __all__ = [
     "check_one_data_set",
     "draw",
     "epochs_of",
+    "from_zero",
     "labels",
     "logged",
     "mean_of",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from fasttrain.evaluation.logged import (
     check_one_data_set,
     draw,
     epochs_of,
+    from_zero,
     logged,
     mean_of,
     reached,
@@ -61,7 +63,7 @@ CHANNELS = {"red": "#c0392b", "green": "#27864a", "blue": "#1f4fa8"}
 class ViewsEvaluation(ComparisonConfig):
     """Pretraining with adversarial views, over training."""
 
-    images: int = Field(8, ge=0)
+    images: int = Field(8, ge=0, le=64)
     "validation images to show before and after the change, evenly spaced over the listing; 0: none"
 
 
@@ -170,7 +172,10 @@ def shown(subjects: Sequence[Subject], data: EvaluationData, config: ViewsEvalua
     if not moving:
         return []
     runs = distributed.agree(lambda: [trained(subject, data.device) for subject in moving])
-    indices = data.choose("val", config.images)
+    try:
+        indices = data.choose("val", config.images)
+    except UsageError as error:
+        raise UsageError(f"{error}; or leave the images out with images=0", everywhere=True) from None
     pairs, points = [], []
     for subject, run in zip(moving, runs, strict=True):
         weights = fingerprint(run.module)
@@ -180,12 +185,12 @@ def shown(subjects: Sequence[Subject], data: EvaluationData, config: ViewsEvalua
                 {
                     "weights": weights,
                     "settings": {key: subject.settings[key] for key in ("model", "terms")},
-                    "seed": subject.settings["run"]["seed"],
+                    "draws": [subject.settings["run"]["seed"], subject.settings["train"]["accumulation"]],
                     "term": name,
+                    "views": run.views,
                     "data": data.val.fingerprint,
                     "images": indices.tolist(),
                     "crop": [config.augment.size, config.augment.eval_crop],
-                    "batch": config.batch,
                     "precision": str(data.autocast),
                 }
             )
@@ -193,7 +198,9 @@ def shown(subjects: Sequence[Subject], data: EvaluationData, config: ViewsEvalua
     def work(point: dict[str, Any]) -> dict[str, Any]:
         _, run, name = pairs[points.index(point)]
         with data.own_batches("val", indices) as batches:
-            return changed(run, name, batches, data.device, data.autocast)
+            images, labels, index = zip(*(batch[:3] for batch in batches), strict=True)
+        whole = Batch(torch.cat(images, dim=1), torch.cat(labels), torch.cat(index))
+        return changed(run, name, Batch(*(part.to(data.device) for part in whole[:3])), data.autocast)
 
     found = parts.run("images before and after", points, work)
     return [
@@ -202,10 +209,8 @@ def shown(subjects: Sequence[Subject], data: EvaluationData, config: ViewsEvalua
     ]
 
 
-def changed(
-    run: Trained, name: str, batches: Iterable[Batch], device: torch.device, autocast: torch.dtype | None = None
-) -> dict[str, Any]:
-    """What the view of the term ``name`` makes of images, all views of each of which are the image itself.
+def changed(run: Trained, name: str, images: Batch, autocast: torch.dtype | None = None) -> dict[str, Any]:
+    """What the view of the term ``name`` makes of one view of ``images``, whose other views are the image itself too.
 
     Returns:
         ``before`` and ``after`` [N, 3, H, W] uint8, and the ``constants`` of a learned change.
@@ -215,23 +220,14 @@ def changed(
     """
     view, settings = run.module.views[name], run.terms[name].view
     run.module.train(settings.kind == "attack" and settings.attack.batchnorm == "train")
-    before, after, weights, sizes = [], [], [], []
-    for batch in batches:
-        images = batch.images.to(device).expand(run.views, -1, -1, -1, -1)
-        seen = batch._replace(images=images, labels=batch.labels.to(device), index=batch.index.to(device))
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            after.append(view(run.module.encoder, seen).images[settings.index].detach())
-        before.append(images[settings.index])
-        weights.append(len(batch.labels))
-        sizes.append(view.scalars() if hasattr(view, "scalars") else {})
-    pair = {"before": torch.cat(before), "after": torch.cat(after)}
-    if not pair["after"].isfinite().all():
+    device = images.images.device.type
+    seen = images._replace(images=images.images.expand(run.views, -1, -1, -1, -1))
+    with distributed.alone(), torch.autocast(device, autocast, enabled=autocast is not None):
+        after = view(run.module.encoder, seen).images[settings.index].detach()
+    if not after.isfinite().all():
         raise NotFinite(f"what the view of term {name} makes of an image is not finite: its encoder has diverged")
-    means = {
-        key: sum(count * float(of[key]) for count, of in zip(weights, sizes, strict=True)) / sum(weights)
-        for key in sizes[0]
-    }
-    return {key: as_bytes(images) for key, images in pair.items()} | {"constants": means}
+    sizes = {key: float(size) for key, size in view.scalars().items()} if settings.kind == "structured" else {}
+    return {"before": as_bytes(images.images[0]), "after": as_bytes(after), "constants": sizes}
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -278,20 +274,22 @@ def unit(family: str) -> str:
 def figure(found: ViewsResult) -> Figure:
     """kNN accuracy against the epoch, the constants of each learned change, and rows of images."""
     methods = by_method(found.runs)
-    drawn: list[Callable[[Axes], None]] = [partial(draw_knn, methods=methods)]
-    drawn += [
+    curves: list[Callable[[Axes], None]] = [partial(draw_knn, methods=methods)]
+    curves += [
         partial(draw_constants, method=method, seeds=seeds, family=family, names=names)
         for method, seeds in methods.items()
         for family, names in families(seeds[0].constants).items()
     ]
-    drawn += [partial(draw_images, shown=one) for one in found.shown]
-    columns = min(3, len(drawn))
-    rows = -(-len(drawn) // columns)
-    picture, axes = panels(rows, columns)
-    for axis, what in zip(axes.flat, drawn, strict=False):
-        what(axis)
-    for axis in axes.flat[len(drawn) :]:
-        axis.remove()
+    images = [partial(draw_images, shown=one) for one in found.shown]
+    columns = min(3, max(len(curves), len(images)))
+    heights = [1.0] * -(-len(curves) // columns) + [0.5] * -(-len(images) // columns)
+    picture, axes = panels(
+        len(heights), columns, 4.6, 3.6 * sum(heights) / len(heights), gridspec_kw={"height_ratios": heights}
+    )
+    rows = heights.count(1.0)
+    for places, drawn in ((axes[:rows].flat, curves), (axes[rows:].flat, images)):
+        for axis, what in zip_longest(places, drawn):
+            axis.remove() if what is None else what(axis)
     return picture
 
 
@@ -301,8 +299,7 @@ def draw_knn(axis: Axes, methods: dict[str, list[ViewsRun]]) -> None:
             epochs = seeds[0].epochs[torch.isin(seeds[0].knn.steps, curve.steps)]
             draw(axis, epochs, curve, style(number), 100, label=called(method, len(seeds)))
     axis.set(xlabel="epoch", ylabel="kNN accuracy (%)")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
+    from_zero(axis)
     if axis.lines:
         axis.legend(fontsize="small")
 
@@ -315,14 +312,14 @@ def draw_constants(axis: Axes, method: str, seeds: Sequence[ViewsRun], family: s
         if channel in CHANNELS:
             place = tuple(CHANNELS).index(channel)
             look = Style(CHANNELS[channel], DASHES[int(target[1:]) - 1], MARKERS[place])
-            label = f"{target.upper()} of {channel}"
+            label = f"{channel} in {target.upper()}"
         if (curve := mean_of([seed.constants.get(f"{family}/{name}") for seed in seeds])) is not None:
             draw(axis, curve.steps, curve, look, label=label)
     axis.set(xlabel="step", ylabel=unit(family))
-    axis.set_title(f"{called(method, len(seeds))}: {family.rpartition('/')[2].replace('_', ' ')}", fontsize="small")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small", ncols=3 if len(names) > 4 else 1)
+    from_zero(axis)
+    title = f"{called(method, len(seeds))}: {family.rpartition('/')[2].replace('_', ' ')}"
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": min(4, len(names)) if len(names) < 9 else 3}
+    axis.legend(title=title, fontsize="x-small", title_fontsize="small", frameon=False, **above)
 
 
 def draw_images(axis: Axes, shown: Shown) -> None:
