@@ -447,11 +447,11 @@ def _figures(one: Landscape) -> list[str]:
     found = [f"  {f'{rise.mean:.3g}, {rise.max:.3g}':>20s}" for rise in one.rises]
     found += [f"  {_shown(x):>18s}" for x in (one.trace, one.curvature) if x is not None]
     top = one.top_eigenvalue
-    return found + ([f"  {f'{top.value:.4g} ± {top.residual:.1g}':>18s}"] if top is not None else [])
+    return found + ([f"  {f'{top.value:.4g} ± {_plainly(top.residual)}':>18s}"] if top is not None else [])
 
 
 def _shown(x: Estimate) -> str:
-    return f"{x.mean:.4g} ± {x.standard_error:.2g}" if x.probes > 1 else f"{x.mean:.4g}"
+    return f"{x.mean:.4g} ± {_plainly(x.standard_error)}" if x.probes > 1 else f"{x.mean:.4g}"
 
 
 def _not_finite(one: Landscape) -> int:
@@ -470,6 +470,7 @@ def figure(result: LandscapeResult) -> Figure:
     columns = 4 if several else len(landscapes) + 1
     rows = math.ceil((len(landscapes) + 2) / columns) if several else 2
     picture, axes = panels(rows, columns, 3.6, 3.2)
+    picture.get_layout_engine().set(w_pad=0.12)  # surfaces are wider than they say
     scale = _scale(landscapes)
     if several:
         contours, (sections, rises), left = np.split(axes.ravel(), [len(landscapes), len(landscapes) + 2])
@@ -552,6 +553,8 @@ def _surface(axis: Axes, coordinates: Sequence[float], one: Landscape, name: str
     heights = np.log10(losses).filled(np.nan)
     solid.plot_surface(alpha, beta, heights, facecolors=colours, rcount=101, ccount=101, linewidth=0.2, shade=False)
     solid.set(xlabel="α", ylabel="β", zlim=np.log10([scale.vmin, scale.vmax]))
+    ends = [coordinates[0], 0, coordinates[-1]]
+    solid.set(xticks=ends, yticks=ends)
     solid.zaxis.set_major_formatter(lambda height, position: _plainly(10**height))
 
 
@@ -568,8 +571,8 @@ def _sections(axis: Axes, coordinates: Sequence[float], landscapes: Sequence[Lan
         look = style(number)._asdict()
         axis.plot(coordinates, along_alpha, **look, markersize=4, markevery=every, label=name)
         axis.plot(coordinates, along_beta, **(look | {"marker": None}), linewidth=0.8)
-    axis.set(xlabel="α (marked) or β, the other at 0", ylabel="cross-entropy", yscale="log")
-    axis.yaxis.set_major_formatter(_plainly)
+    axis.set(xlabel="α (marked) or β, the other at 0", ylabel="cross-entropy")
+    _logarithmic(axis, "y")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
 
@@ -583,12 +586,22 @@ def _rises(axis: Axes, landscapes: Sequence[Landscape], names: Sequence[str]) ->
         look = style(number)._asdict()
         axis.plot(radii, means, **look, markersize=4, label=name)
         axis.plot(radii, most, **look, markersize=4, markerfacecolor="none", linewidth=0.8)
-    axis.set(xlabel="distance r in the plane", ylabel="rise of the loss: mean, largest (hollow)")
+    axis.set(xlabel="distance r in the plane", ylabel="rise (hollow: largest)")
     if all(rise.mean > 0 for one in landscapes for rise in one.rises):
-        axis.set(xscale="log", yscale="log")
-        axis.xaxis.set_major_formatter(_plainly)
-        axis.yaxis.set_major_formatter(_plainly)
+        _logarithmic(axis, "x")
+        _logarithmic(axis, "y")
     axis.grid(alpha=0.3)
+
+
+def _logarithmic(axis: Axes, which: str) -> None:
+    """With labels at 1, 2, 5, 10, …, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    line = getattr(axis, f"{which}axis")
+    line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    line.set_major_formatter(_plainly)
+    line.set_minor_formatter(NullFormatter())
 
 
 EVALUATION = Evaluation(
