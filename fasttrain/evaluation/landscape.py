@@ -430,9 +430,8 @@ def lines(result: LandscapeResult) -> list[str]:
     ]
     for name, one in zip(names, result.landscapes, strict=True):
         found.append(f"{name:{width}s}  {one.loss:9.4g}  {one.error:7.2f}" + "".join(_figures(one)))
-    cut = [_not_finite(one) for one in result.landscapes]
-    if any(cut):
-        found.append(f"{sum(cut)} points of the {len(cut)} planes have a loss that is not finite")
+    if cut := sum(map(_not_finite, result.landscapes)):
+        found.append(f"{cut:,} of {sum(np.size(one.losses) for one in result.landscapes):,} losses are not finite")
     return found
 
 
