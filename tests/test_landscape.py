@@ -48,25 +48,26 @@ from tests.ranks import run_ranks
 from tests.test_launch import script
 
 
-def small_network(dtype: torch.dtype = torch.float64) -> Network:
+def small_network() -> Network:
     """A ResNet with weights of three classes' classifier, its BatchNorm statistics not those of the start."""
     torch.manual_seed(0)
     shape = {"arch": "resnet18", "stem": "cifar", "width": 1 / 32, "zero_init_residual": False}
-    encoder = Encoder(ModelConfig(**shape, head=HeadConfig(layers=0))).to(dtype)
+    encoder = Encoder(ModelConfig(**shape, head=HeadConfig(layers=0))).double()
     for name, parameter in encoder.named_parameters():
         if parameter.dim() == 1:  # no sum that ReLU sees is 0
             nn.init.normal_(parameter, 1.0 * name.endswith("weight"), 0.1)
     for _ in range(3):
-        encoder(torch.rand(16, 3, 8, 8, dtype=dtype))
+        encoder(torch.rand(16, 3, 8, 8, dtype=torch.float64))
     features = encoder.backbone.num_features
-    weight, bias = torch.randn(3, features, dtype=dtype), torch.randn(3, dtype=dtype)
-    return Network(encoder, Linear(weight, bias, None)).to(dtype).eval()
+    weight, bias = torch.randn(3, features, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    return Network(encoder, Linear(weight, bias, None)).double().eval()
 
 
-def batches_of(sizes: list[int], dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+def batches_of(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(1)
     return [
-        (torch.rand(n, 3, 8, 8, generator=draw, dtype=dtype), torch.randint(3, (n,), generator=draw)) for n in sizes
+        (torch.rand(n, 3, 8, 8, generator=draw, dtype=torch.float64), torch.randint(3, (n,), generator=draw))
+        for n in sizes
     ]
 
 
