@@ -445,12 +445,15 @@ def _heads(one: Landscape) -> list[str]:
 def _figures(one: Landscape) -> list[str]:
     found = [f"  {f'{rise.mean:.3g}, {rise.max:.3g}':>20s}" for rise in one.rises]
     found += [f"  {_shown(x):>18s}" for x in (one.trace, one.curvature) if x is not None]
-    top = one.top_eigenvalue
-    return found + ([f"  {f'{top.value:.4g} ± {_plainly(top.residual)}':>18s}"] if top is not None else [])
+    return found + ([f"  {_found(one.top_eigenvalue):>18s}"] if one.top_eigenvalue is not None else [])
 
 
 def _shown(x: Estimate) -> str:
     return f"{x.mean:.4g} ± {_plainly(x.standard_error)}" if x.probes > 1 else f"{x.mean:.4g}"
+
+
+def _found(x: Eigenvalue) -> str:
+    return f"{x.value:.4g} ± {_plainly(x.residual)}"
 
 
 def _not_finite(one: Landscape) -> int:
@@ -499,7 +502,7 @@ def _captions(landscapes: Sequence[Landscape], names: Sequence[str]) -> list[str
         told = [f"loss {one.loss:.3g}, error {one.error:.1f} %"]
         told += [f"rise at r = {rise.radius:g}: {rise.mean:.2g} (max {rise.max:.2g})" for rise in one.rises[-1:]]
         told += [f"trace {_shown(one.trace)}, mean dᵀHd {_shown(one.curvature)}"] if one.trace is not None else []
-        told += [f"top eigenvalue {one.top_eigenvalue.value:.3g}"] if one.top_eigenvalue is not None else []
+        told += [f"top eigenvalue {_found(one.top_eigenvalue)}"] if one.top_eigenvalue is not None else []
         cut = _not_finite(one)
         told += [f"{cut} of {np.size(one.losses)} losses not finite, left blank"] if cut else []
         found.append(f"{name}: " + "; ".join(told))
