@@ -81,6 +81,11 @@ class EvaluationConfig(Config):
         """Of one, or of several."""
         return (self.source,) if isinstance(self.source, str) else tuple(self.source)
 
+    @property
+    def opened(self) -> DataConfig:
+        """The data set that is opened."""
+        return self.data
+
 
 class ComparisonConfig(EvaluationConfig):
     """What evaluations of one encoder or several are told."""
@@ -202,7 +207,7 @@ class EvaluationData:
         """
 
         def opened() -> Catalog:
-            catalog = open_catalog(self.config.data, split)
+            catalog = open_catalog(self.config.opened, split)
             catalog.require_labels(f"the accuracy of {self.config.task}")
             return catalog
 

@@ -68,11 +68,6 @@ class WholeData(DataConfig):
         """Whether one share is taken for all."""
         return False
 
-    @field_validator("share")
-    @classmethod
-    def _all(cls, share: float) -> float:
-        return 1.0
-
 
 class LabelsEvaluation(TrainingConfig):
     """Accuracy with a share of the labels: the encoder frozen, and fine-tuned with a head."""
@@ -106,6 +101,11 @@ class LabelsEvaluation(TrainingConfig):
     def fine_tunes_mlp(self) -> bool:
         """Whether a head is an mlp."""
         return "mlp" in self.heads
+
+    @property
+    def opened(self) -> DataConfig:
+        """All of it."""
+        return self.data.model_copy(update={"share": 1.0})
 
     @field_validator("shares")
     @classmethod
@@ -330,9 +330,10 @@ def figure(found: Labels) -> Figure:
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set(xlabel="training images with labels (%)", ylabel="validation accuracy (%)", ylim=(0, 100))
+    axis.set(xlabel="training images with labels (%)", ylabel="validation accuracy (%)")
+    axis.set_ylim(0, min(100, axis.get_ylim()[1]))
     axis.grid(alpha=0.3)
-    sheet.legend(fontsize="small", loc="outside right upper")
+    sheet.legend(fontsize="small", loc="outside right upper", handlelength=4)
     return sheet
 
 

@@ -2,10 +2,10 @@
 
 ::
 
-    encoder ── features of all tasks' images ──┬─ task 1 ─┬─ seed 0 ── a classifier by SGD ─┬─ accuracy ── table, picture
-                                               │          └─ seed 1 …                       └─ probabilities of each
-                                               └─ task 2 …                                     validation image, after
-                                                                                               each epoch ── a file
+    encoder ── features of all images ──┬─ task 1 ─┬─ seed 0 ── a classifier by SGD ─┬─ accuracy ── table, picture
+                                        │          └─ seed 1 …                       └─ probabilities of each
+                                        └─ task 2 …                                     validation image, after
+                                                                                        each epoch ── a file
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from fasttrain.output import try_output
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAPER_LR = {True: 0.2, False: 0.05}
-"Peak learning rate of classifiers on an encoder trained by cross-entropy alone, or by anything else; footnote 2."
+PAPER_LR, PAPER_LR_SUPERVISED = 0.05, 0.2
+"Peak learning rates of classifiers, the second on an encoder trained by cross-entropy; footnote 2."
 
 
 class TransferEvaluation(TrainingConfig):
-    """Accuracy on tasks of a few classes, of classifiers trained by SGD; and the trajectories of their probabilities."""
+    """Accuracy on tasks of a few classes, of classifiers trained by SGD; and these trainings' trajectories."""
 
     tasks: Tasks = "paper"
     """paper (four 5-way tasks by the labels of CIFAR-100), all (one of all classes), random:N (N disjoint 5-way tasks),
@@ -82,6 +82,7 @@ class Transfer(NamedTuple):
     accuracy: dict[str, dict[str, Spread]]  # by method and task, at the end
     epochs: dict[str, dict[str, list[Spread]]]  # likewise, at the start and after each epoch
     chance: dict[str, float]  # by task, of guessing
+    lr: dict[str, str]  # by method, the peak, and whose it is
     runs: list[dict[str, Any]]  # each training: its source, name, method, task, seed, learning rate, accuracy
     trajectories: list[dict[str, Any]]  # each file of them: of which source, where, its bytes, how many
 
@@ -98,8 +99,9 @@ def evaluate(subjects: Sequence[Subject], data: EvaluationData, config: Transfer
     whole = Task("all of them", tuple(sorted({label for task in tasks for label in task.classes})))
     chosen: dict[Split, np.ndarray] = {split: data.choose(split, None, whole) for split in ("train", "val")}
     runs, curves, files = [], [], []
+    rates: dict[str, str] = {}
     for subject, place in zip(subjects, places, strict=True):
-        lr = config.lr or PAPER_LR[supervised(subject)]
+        lr, rates[subject.method] = _lr(subject, config)
         points, found = _train_all(subject, lr, tasks, chosen, data, config, parts)
         of_subject = {"source": subject.source, "name": subject.name, "method": subject.method, "lr": lr}
         names = {task.classes: task.name for task in tasks}
@@ -115,6 +117,7 @@ def evaluate(subjects: Sequence[Subject], data: EvaluationData, config: Transfer
         spreads(runs, "method", "task"),
         {method: {task: list(each.values()) for task, each in by.items()} for method, by in epochs.items()},
         {task.name: 100 / len(task.classes) for task in tasks},
+        rates,
         runs,
         files,
     )
@@ -124,6 +127,14 @@ def supervised(subject: Subject) -> bool:
     """Whether its run trained by cross-entropy alone."""
     terms = subject.settings.get("terms", {})
     return bool(terms) and all(term.get("objective") == "cross_entropy" for term in terms.values())
+
+
+def _lr(subject: Subject, config: TransferEvaluation) -> tuple[float, str]:
+    if config.lr is not None:
+        return config.lr, f"{config.lr:g}"
+    if supervised(subject):
+        return PAPER_LR_SUPERVISED, f"{PAPER_LR_SUPERVISED:g} (the paper's, of an encoder trained by cross-entropy)"
+    return PAPER_LR, f"{PAPER_LR:g} (the paper's, of an encoder not trained by cross-entropy alone)"
 
 
 def _train_all(
@@ -268,11 +279,8 @@ def lines(found: Transfer) -> list[str]:
     methods, tasks = list(found.accuracy), list(found.chance)
     rows = [[task, *(str(found.accuracy[method][task]) for method in methods)] for task in tasks]
     counts = {method: next(iter(by.values())).n for method, by in found.accuracy.items()}
-    rates = {method: sorted({run["lr"] for run in found.runs if run["method"] == method}) for method in methods}
     table = grid("accuracy in %, mean ± sd", rows, methods)
-    table += [
-        f"{method}: n = {counts[method]}, lr = {', '.join(map('{:g}'.format, rates[method]))}" for method in methods
-    ]
+    table += [f"{method}: n = {counts[method]}, lr {found.lr[method]}" for method in methods]
     places = [f"{len(tasks)} tasks' trajectories, {one['bytes']:,} bytes: {one['path']}" for one in found.trajectories]
     return table + places
 
@@ -290,11 +298,10 @@ def figure(found: Transfer) -> Figure:
         spans = [one.sd or 0 for one in ends]
         bars = {"color": look.color, "marker": look.marker, "capsize": 3, "markersize": 6}
         left.errorbar(places, [one.mean for one in ends], spans, linestyle="none", label=method, **bars)
-        singles = [
-            [run["accuracy"] for run in found.runs if (run["method"], run["task"]) == (method, t)] for t in tasks
-        ]
-        for place, values in zip(places, singles, strict=True):
-            left.plot([place + 0.06] * len(values), values, ".", color=look.color, alpha=0.4, markersize=4)
+        for run in found.runs:
+            if run["method"] == method:
+                place = places[tasks.index(run["task"])] + 0.06
+                left.plot(place, run["accuracy"], ".", color=look.color, alpha=0.4, markersize=4)
         curve = np.array([[one.mean for one in found.epochs[method][task]] for task in tasks]).mean(0)
         few = max(1, len(curve) // 8)
         right.plot(curve, label=method, markersize=5, markevery=few, **look._asdict())
@@ -306,9 +313,9 @@ def figure(found: Transfer) -> Figure:
     right.set(ylabel="validation accuracy (%), mean over tasks", xlabel="epoch")
     right.axhline(np.mean(list(found.chance.values())), color="0.45", linewidth=1, linestyle=":", label="chance")
     for axis in (left, right):
-        axis.set_ylim(0, 100)
+        axis.set_ylim(0, min(100, axis.get_ylim()[1]))
         axis.grid(alpha=0.3, axis="y")
-    right.legend(fontsize="small", loc="lower right")
+    right.legend(fontsize="small", loc="lower right", handlelength=3.5)
     return sheet
 
 
