@@ -65,15 +65,15 @@ def test_shares_and_heads_that_make_no_sense_are_a_line(images, setting, complai
 
 
 @pytest.mark.parametrize(
-    ("shares", "complaint"),
+    ("shares", "held_out", "complaint"),
     [
-        ("[1,0.05]", r"share 0.05 is 1 training image of class 'cat', and choosing one of linear.l2=.* one l2"),
-        ("[0.1]", r"share 0.1 is 4 training images, and choosing one of linear.l2="),
+        ("[1,0.05]", 0.1, r"share 0.05 is 1 training image of class 'cat', and choosing one of linear.l2=.* one l2"),
+        ("[0.1]", 0.999, r"share 0.1 is 4 training images, and choosing one of linear.l2="),
     ],
 )
-def test_too_few_images_to_choose_an_l2_by_are_a_line(images, shares, complaint):
+def test_too_few_images_to_choose_an_l2_by_are_a_line(images, shares, held_out, complaint):
     catalog = open_catalog(DataConfig(root=str(images)), "train")
-    few = config_of(images, Path("x"), f"shares={shares}", "linear.l2=[0.1,0.2]", "linear.held_out=0.999")
+    few = config_of(images, Path("x"), f"shares={shares}", "linear.l2=[0.1,0.2]", f"linear.held_out={held_out}")
     with pytest.raises(UsageError, match=complaint):
         labels._subsets(catalog, few)
     assert labels._subsets(catalog, config_of(images, Path("x"), f"shares={shares}"))
