@@ -293,8 +293,10 @@ def _groups(module: nn.Module, peak: float, weight_decay: float) -> list[dict[st
 
 def _require_finite(total: Tensor, epoch: int, recipe: Recipe) -> None:
     if not bool(total.isfinite()):
-        rates = f"lr={recipe.lr:g}" + (f" backbone_lr={recipe.backbone_lr:g}" if recipe.backbone_lr is not None else "")
-        raise NotFinite(f"the loss of a classifier in training is not finite in epoch {epoch}, {rates}: lower that")
+        rates = f"lr={recipe.lr:g}" + (
+            f" or backbone_lr={recipe.backbone_lr:g}" if recipe.backbone_lr is not None else ""
+        )
+        raise NotFinite(f"the loss of a classifier in training is not finite in epoch {epoch}: lower {rates}")
 
 
 __all__ = [

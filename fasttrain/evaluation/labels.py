@@ -33,7 +33,7 @@ from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.accuracy import hits
 from fasttrain.evaluation.classifier import ClassifierConfig, Linear, classifier_of
-from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Split, Subject, fingerprint, place_of
+from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject, fingerprint, place_of
 from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.finetuning import (
     Head,
@@ -146,13 +146,13 @@ def evaluate(subjects: Sequence[Subject], data: EvaluationData, config: LabelsEv
     subsets = distributed.agree(lambda: _subsets(data.train, config))
     output = place_of(config, subjects)
     files = distributed.on_rank_zero(lambda: _write(output, subsets)) if output.suffix == ".json" else {}
-    chosen: dict[Split, np.ndarray] = {"train": subsets[max(subsets)].indices, "val": data.choose("val")}
-    data.used["train"] = len(chosen["train"])
+    validation = data.choose("val")
+    data.used["train"] = len(subsets[max(subsets)])
     runs, notes = [], []
     for subject in subjects:
         encoder = subject.load(data.device)
         own = _own(subject, encoder, data, notes)
-        found = _train_all(subject.name, encoder, own, subsets, chosen, data, config, parts)
+        found = _train_all(subject.name, encoder, own, subsets, validation, data, config, parts)
         of_subject = {"source": subject.source, "name": subject.name, "method": subject.method}
         runs += [of_subject | run for run in found]
     return Labels(
@@ -169,7 +169,7 @@ def _train_all(
     encoder: Encoder,
     own: tuple[float, Linear] | None,
     subsets: dict[float, Catalog],
-    chosen: dict[Split, np.ndarray],
+    validation: np.ndarray,
     data: EvaluationData,
     config: LabelsEvaluation,
     parts: Parts,
@@ -187,21 +187,25 @@ def _train_all(
     if own is not None:
         frozen.append({"share": own[0], "way": "own", "classifier": fingerprint(_module(own[1]))})
     frozen = [shared | point for point in frozen]
-    features: dict[Split, Features] = {}
-    if parts.missing(frozen):
-        features = {split: data.all_features(encoder, split, indices) for split, indices in chosen.items()}
+    missing = parts.missing(frozen)
+    val = data.all_features(encoder, "val", validation) if missing else None
+    features = {  # of each share by itself: in which batch an image is encoded is then the share's affair alone
+        point["share"]: data.all_features(encoder, "train", subsets[point["share"]].indices)
+        for point in missing
+        if point["way"] == "frozen"
+    }
 
     def work(point: Point) -> Found:
         way, share = point["way"], point["share"]
         if way == "own":
-            return {"accuracy": _percent(own[1](features["val"].features), features["val"].labels)}
+            return {"accuracy": _percent(own[1](val.features), val.labels)}
         if way == "frozen":
-            return _logistic(features, subsets[share], config.linear)
+            return _logistic(features[share], val, len(task.classes), config.linear)
         make = linear_head if way == "linear" else partial(mlp_head, hidden=config.hidden)
         head = make(encoder.backbone.num_features, len(task.classes), point["seed"])
         indices = subsets[share].indices
         network = train_network(encoder, head, data, indices, task, recipe, point["seed"], config.crop)
-        scores = network_logits(network, data, chosen["val"], task)
+        scores = network_logits(network, data, validation, task)
         return {"accuracy": _percent(scores.features, scores.labels)}
 
     points = tuned + frozen
@@ -212,12 +216,9 @@ def _train_all(
     ]
 
 
-def _logistic(features: dict[Split, Features], subset: Catalog, config: LinearConfig) -> Found:
-    train, val = features["train"], features["val"]
-    mine = torch.isin(train.index, torch.from_numpy(subset.indices).to(train.index.device))
-    train = Features(*(member[mine] for member in train))
+def _logistic(train: Features, val: Features, classes: int, config: LinearConfig) -> Found:
     with one_thread():
-        fitted = fit_classifier(train, len(subset.classes), config, alone)
+        fitted = fit_classifier(train, classes, config, alone)
     logits = F.linear(val.features, fitted.weight, fitted.bias)
     return {"accuracy": _percent(logits, val.labels), "l2": fitted.l2}
 

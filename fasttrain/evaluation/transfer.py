@@ -2,10 +2,9 @@
 
 ::
 
-    encoder ── features of all images ──┬─ task 1 ─┬─ seed 0 ── a classifier by SGD ─┬─ accuracy ── table, picture
-                                        │          └─ seed 1 …                       └─ probabilities of each
-                                        └─ task 2 …                                     validation image, after
-                                                                                        each epoch ── a file
+    encoder ─┬─ task 1: features ─┬─ seed 0 ── a classifier by SGD ─┬─ accuracy ── table, picture
+             │                    └─ seed 1 …                       └─ probabilities of each validation image,
+             └─ task 2 …                                               after each epoch ── a file
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ from fasttrain.output import try_output
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SPLITS: tuple[Split, Split] = ("train", "val")
 PAPER_LR, PAPER_LR_SUPERVISED = 0.05, 0.2
 "Peak learning rates of classifiers, the second on an encoder trained by cross-entropy; footnote 2."
 
@@ -97,7 +97,7 @@ def evaluate(subjects: Sequence[Subject], data: EvaluationData, config: Transfer
     tasks = distributed.agree(lambda: _tasks(data, config))
     places = [Path(place) for place in distributed.on_rank_zero(lambda: _places(subjects, config))]
     whole = Task("all of them", tuple(sorted({label for task in tasks for label in task.classes})))
-    chosen: dict[Split, np.ndarray] = {split: data.choose(split, None, whole) for split in ("train", "val")}
+    chosen: dict[Split, np.ndarray] = {split: data.choose(split, None, whole) for split in SPLITS}
     runs, curves, files = [], [], []
     rates: dict[str, str] = {}
     for subject, place in zip(subjects, places, strict=True):
@@ -154,14 +154,18 @@ def _train_all(
     if config.backbone == "trained":
         shared["crop"] = config.crop.model_dump(mode="json")
     points = [shared | {"task": list(task.classes), "seed": seed} for task in tasks for seed in config.seeds]
-    features: dict[Split, Features] = {}
-    if config.backbone == "frozen" and parts.missing(points):
-        features = {split: data.all_features(encoder, split, indices) for split, indices in chosen.items()}
+    images = {task.classes: [task.members(data.of(split), chosen[split]) for split in SPLITS] for task in tasks}
+    asked = {tuple(point["task"]) for point in parts.missing(points)} if config.backbone == "frozen" else ()
+    features = {  # of each task by itself: in which batch an image is encoded is then the task's affair alone
+        classes: [_of_task(classes, data.all_features(encoder, *pair)) for pair in zip(SPLITS, chosen, strict=True)]
+        for classes, chosen in images.items()
+        if classes in asked
+    }
 
     def work(point: Point) -> Found:
         task, seed, curve = Task("", tuple(point["task"])), point["seed"], Curve(getattr(torch, config.store))
         if config.backbone == "trained":
-            train, val = (task.members(data.of(split), chosen[split]) for split in ("train", "val"))
+            train, val = images[task.classes]
             head = linear_head(encoder.backbone.num_features, len(task.classes), seed)
 
             def after_epoch(epoch: int, network: Network) -> None:
@@ -169,7 +173,7 @@ def _train_all(
 
             train_network(encoder, head, data, train, task, recipe, seed, config.crop, after_epoch)
         else:
-            training, validation = (_of_task(features[split], task) for split in ("train", "val"))
+            training, validation = features[task.classes]
 
             @torch.no_grad()
             def after_epoch(epoch: int, classifier: nn.Linear) -> None:
@@ -200,17 +204,15 @@ class Curve:
             raise NotFinite(f"the scores after epoch {len(self._accuracy)} are not finite: lower lr")
         self._accuracy.append(100 * int(hits(logits, labels)[0]) / len(labels))
         self._probabilities.append(logits.double().softmax(1).to(self.dtype).cpu())
-        self._of = {"labels": labels.cpu(), "index": validation.index.cpu()}
+        self._of = {"labels": labels.cpu().clone(), "index": validation.index.cpu().clone()}  # a point's own
 
     def found(self) -> Found:
         """Accuracies in percent [T], probabilities [T, N, C], labels [N] and index [N]."""
         return {"accuracy": self._accuracy, "probabilities": torch.stack(self._probabilities), **self._of}
 
 
-def _of_task(features: Features, task: Task) -> Features:
-    mine = torch.isin(features.labels, torch.tensor(task.classes, device=features.labels.device))
-    kept = Features(*(member[mine] for member in features))
-    return kept._replace(labels=task.relabelled(kept.labels))
+def _of_task(classes: tuple[int, ...], features: Features) -> Features:
+    return features._replace(labels=Task("", classes).relabelled(features.labels))
 
 
 def _trajectory(
@@ -281,14 +283,14 @@ def lines(found: Transfer) -> list[str]:
     counts = {method: next(iter(by.values())).n for method, by in found.accuracy.items()}
     table = grid("accuracy in %, mean ± sd", rows, methods)
     table += [f"{method}: n = {counts[method]}, lr {found.lr[method]}" for method in methods]
-    places = [f"{len(tasks)} tasks' trajectories, {one['bytes']:,} bytes: {one['path']}" for one in found.trajectories]
-    return table + places
+    files = [f"{x['trajectories']} trajectories, {x['bytes']:,} bytes: {x['path']}" for x in found.trajectories]
+    return table + files
 
 
 def figure(found: Transfer) -> Figure:
     """Accuracy a task and method, at the end and against the epoch; the bars are a standard deviation each way."""
     methods, tasks = list(found.accuracy), list(found.chance)
-    sheet, axes = panels(1, 2, max(4.6, 0.5 * len(tasks) * len(methods) + 2), 3.8)
+    sheet, axes = panels(1, 2, max(4.6, 0.5 * len(tasks) * len(methods) + 2), 3.8, sharey=True)
     left, right = axes[0]
     for number, method in enumerate(methods):
         look = style(number)
@@ -310,10 +312,10 @@ def figure(found: Transfer) -> Figure:
         left.hlines(found.chance[task], place - 0.4, place + 0.4, **chance)
     left.set_xticks(range(len(tasks)), [_wrapped(task) for task in tasks])
     left.set(ylabel="validation accuracy (%)", xlabel="classes of the task", xlim=(-0.5, len(tasks) - 0.5))
-    right.set(ylabel="validation accuracy (%), mean over tasks", xlabel="epoch")
+    right.set(ylabel="mean over tasks (%)", xlabel="epoch")
     right.axhline(np.mean(list(found.chance.values())), color="0.45", linewidth=1, linestyle=":", label="chance")
+    left.set_ylim(0, min(100, left.get_ylim()[1]))
     for axis in (left, right):
-        axis.set_ylim(0, min(100, axis.get_ylim()[1]))
         axis.grid(alpha=0.3, axis="y")
     right.legend(fontsize="small", loc="lower right", handlelength=3.5)
     return sheet
