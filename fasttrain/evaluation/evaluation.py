@@ -90,6 +90,11 @@ class EvaluationConfig(SourceConfig):
     augment: CropConfig = CropConfig()
     loader: LoaderConfig = LoaderConfig()
 
+    @property
+    def opened(self) -> DataConfig:
+        """The data set that is opened."""
+        return self.data
+
 
 class SourcesConfig(SourceConfig):
     """What evaluations of several sources, or of one, are told."""
@@ -215,7 +220,7 @@ class EvaluationData:
         """
 
         def opened() -> Catalog:
-            catalog = open_catalog(self.config.data, split)
+            catalog = open_catalog(self.config.opened, split)
             catalog.require_labels(f"the accuracy of {self.config.task}")
             return catalog
 

@@ -197,9 +197,14 @@ def _moments(samples: Features, total: Total) -> tuple[Tensor, Tensor]:
     return mean, deviation.masked_fill(deviation == 0, 1)  # a constant feature says nothing: it becomes 0
 
 
+def held_out(index: Tensor, share: float) -> Tensor:
+    """Which of the images at ``index`` are held out: about ``share`` of them, by a hash that takes neighbours apart."""
+    return (index * 2654435761) % 2**32 < share * 2**32
+
+
 def _split(samples: Features, share: float, total: Total) -> tuple[Features, Features]:
-    """Samples to fit on and to choose on, by a hash of the index that spreads neighbours (of a class, often) evenly."""
-    held = (samples.index * 2654435761) % 2**32 < share * 2**32
+    """Samples to fit on and to choose on, neighbours (of a class, often) spread evenly."""
+    held = held_out(samples.index, share)
     parts = tuple(Features(*(member[mask] for member in samples)) for mask in (~held, held))
     if not all(_count(part.labels, total) for part in parts):
         raise UsageError(

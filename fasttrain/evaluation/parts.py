@@ -75,6 +75,12 @@ class Parts:
         done |= {key: known[key] | tensors[key] for key in tensors}
         return [done[key] for key in keys]
 
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        """Those that :meth:`run` would work on, so that what only they need is made for them alone; ranks together."""
+        wanted = {key_of(point): point for point in points}
+        known = distributed.broadcast_bytes(self._read(wanted.keys()) if distributed.rank() == 0 else b"")
+        return [point for key, point in wanted.items() if key not in json.loads(known)]
+
     def _work(
         self, what: str, missing: list[str], wanted: dict[str, Point], work: Callable[[Point], Found]
     ) -> dict[str, Found]:
