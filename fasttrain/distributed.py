@@ -121,7 +121,9 @@ _alone = False
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it this rank is the only one to what asks for ranks, gathers and sums, so that it waits for no other."""
+    """Within it :func:`rank`, :func:`world_size`, :func:`all_gather` and :func:`all_reduce` are those of a process
+    without others: what is computed in it by one rank waits for no other.
+    """
     global _alone
     before, _alone = _alone, True
     try:

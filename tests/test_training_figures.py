@@ -67,7 +67,8 @@ def test_the_mean_of_seeds_is_taken_where_all_of_them_have_a_value():
     assert curve.steps.tolist() == [0, 10, 20] and curve.seeds == 2
     assert curve.mean[:2].tolist() == [2, 3.5] and curve.mean[2].isnan()
     assert curve.sd[0] == pytest.approx(math.sqrt(2)) and curve.sd[1] == pytest.approx(math.sqrt(4.5))
-    assert mean_of([one, None]) is None and mean_of([one]).sd.isnan().all()
+    assert mean_of([one, None]) is None and mean_of([one, Series(one.steps + 1, one.values)]) is None
+    assert mean_of([one]).sd.isnan().all()
 
 
 @pytest.mark.parametrize("window", [1, 3, 7, 101])

@@ -132,13 +132,15 @@ def reached(of: Series) -> Reached:
 
 
 def mean_of(seeds: Sequence[Series | None]) -> Curve | None:
-    """Mean and standard deviation over ``seeds`` at the steps that all of them have; None where one has no series."""
+    """Mean and standard deviation over ``seeds`` at the steps that all of them have; None where there are none."""
     found = [one for one in seeds if one is not None]
     if len(found) < len(seeds):
         return None
     steps = found[0].steps
     for other in found[1:]:
         steps = steps[torch.isin(steps, other.steps)]
+    if not len(steps):
+        return None
     values = torch.stack([one.values[torch.isin(one.steps, steps)] for one in found])
     sd = values.std(0) if len(found) > 1 else torch.full_like(values[0], torch.nan)
     return Curve(steps, values.mean(0), sd, len(found))

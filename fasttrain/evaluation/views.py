@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from fasttrain import checkpoint, distributed
-from fasttrain.config import resolve
+from fasttrain.config import Where, resolve
 from fasttrain.data import Batch
 from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation.accuracy import percent
@@ -65,6 +65,16 @@ class ViewsEvaluation(ComparisonConfig):
 
     images: int = Field(8, ge=0, le=64)
     "validation images to show before and after the change, evenly spaced over the listing; 0: none"
+
+    reads: ClassVar[dict[str, Where]] = {
+        "model": Where("weights", why="the sources are runs, which say what they are"),
+        **{name: Where("images") for name in ("data", "augment", "loader", "batch", "precision")},
+    }
+
+    @property
+    def weights(self) -> bool:
+        """Whether a source may be a weights file."""
+        return False
 
 
 class ViewsRun(NamedTuple):
@@ -330,8 +340,8 @@ def draw_images(axis: Axes, shown: Shown) -> None:
         times = max(1, 127 // max(1, int(change.abs().max())))
         rows[f"change × {times}"] = (128 + times * change).clamp(0, 255).to(torch.uint8)
     mosaic = torch.cat([torch.cat([*images], dim=2) for images in rows.values()], dim=1)
-    axis.imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
     height = shown.before.shape[2]
+    axis.imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest" if height < 100 else None)
     axis.set_yticks([height * (row + 0.5) - 0.5 for row in range(len(rows))], list(rows))
     axis.set_xticks([])
     axis.tick_params(length=0)
