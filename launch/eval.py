@@ -46,7 +46,7 @@ from safetensors.torch import save
 
 ELSEWHERE = "choose another place with output=…"
 
-TASKS = ("knn", "linear", "robust")
+TASKS = ("knn", "linear", "robust", "curves")
 "Each a module of fasttrain.evaluation."
 EVALUATIONS: dict[str, Evaluation] = {task: import_module(f"fasttrain.evaluation.{task}").EVALUATION for task in TASKS}
 
