@@ -247,7 +247,7 @@ def curve_of_smallest(smallest: Tensor, radii_255: Sequence[float], resamples: i
     median = float(np.median(values))
     low, high = bootstrap(lambda rows: float(np.median(values[rows])), len(values), resamples, seed)
     wrong, never = smallest[:, None] * 255 <= sizes, float(smallest.isinf().double().mean())
-    return _curve("plb", sizes.tolist(), wrong, (median, low, high), never, smallest)
+    return Curve("plb", sizes.tolist(), *_shares(wrong), median, low, high, never, smallest)
 
 
 def curve_of_outcomes(
@@ -260,20 +260,15 @@ def curve_of_outcomes(
     table = wrong.double().numpy()
     low, high = bootstrap(lambda rows: half_size(sizes_255, table[rows].mean(0)), len(table), resamples, seed)
     half = half_size(sizes_255, table.mean(0))
-    return _curve(name, list(sizes_255), wrong, (half, low, high), float((table.max(1) == 0).mean()))
+    return Curve(name, list(sizes_255), *_shares(wrong), half, low, high, float((table.max(1) == 0).mean()))
 
 
-def _curve(
-    name: str,
-    sizes_255: list[float],
-    wrong: Tensor,
-    median: tuple[float, float, float],
-    never: float,
-    smallest: Tensor | None = None,
-) -> Curve:
-    counts, total = wrong.sum(0).tolist(), len(wrong)
-    low, high = map(list, zip(*(wilson(int(count), total) for count in counts), strict=True))
-    return Curve(name, sizes_255, [count / total for count in counts], low, high, *median, never, smallest)
+def _shares(wrong: Tensor) -> tuple[list[float], list[float], list[float]]:
+    """Of wrong [n, S] at each size: the share of the images, and the ends of its interval."""
+    total = len(wrong)
+    counts = [int(count) for count in wrong.sum(0)]
+    low, high = zip(*(wilson(count, total) for count in counts), strict=True)
+    return [count / total for count in counts], list(low), list(high)
 
 
 def half_size(sizes: Sequence[float], shares: Sequence[float] | np.ndarray) -> float:
@@ -361,37 +356,36 @@ def figure(result: Curves) -> Figure:
         for number, method in enumerate(methods):
             curves = [one.curves[column] for one in result.encoders if one.method == method]
             label = f"{method} ({len(curves)} seeds)" if len(curves) > 1 else method
-            _draw(axis, [_finely(curve) for curve in curves], unit, style(number), label)
+            _draw(axis, curves, unit, style(number), label)
         axis.set_title(attack.upper())
         axis.set_xlabel("$L_\\infty$ size of the change, 1/255" if unit == 1 else "$L_2$ size of the change")
         axis.set_ylim(0, 100)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, result.encoders[0].curves[column].sizes_255[-1] / unit or 1)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("misclassified, %")
     axes[0][-1].legend()
     return picture
 
 
-def _finely(curve: Curve) -> Curve:
-    """PLB's at sizes as close as a picture shows; another as it is."""
-    if curve.smallest is None:
-        return curve
-    sizes = torch.linspace(0, curve.sizes_255[-1], 201, dtype=torch.float64)
-    wrong = curve.smallest[:, None] * 255 <= sizes
-    return _curve(curve.attack, sizes.tolist(), wrong, (0.0, 0.0, 0.0), 0.0)
-
-
-def _draw(axis: Any, curves: list[Curve], unit: float, look: Style, label: str) -> None:
-    sizes = np.array(curves[0].sizes_255) / unit
-    shares = 100 * np.array([curve.misclassified for curve in curves])
+def _draw(axis: Any, curves: Sequence[Curve], unit: float, look: Style, label: str) -> None:
+    tables = [np.array(_drawn(curve)) for curve in curves]  # [4, S] each
+    sizes, mean = tables[0][0] / unit, 100 * np.mean([table[1] for table in tables], 0)
     if len(curves) == 1:
-        low, high = (100 * np.array(ends) for ends in (curves[0].low, curves[0].high))
-        axis.fill_between(sizes, low, high, color=look.color, alpha=0.15, linewidth=0)
+        axis.fill_between(sizes, *(100 * tables[0][2:]), color=look.color, alpha=0.15, linewidth=0)
     else:
-        for share in shares:
-            axis.plot(sizes, share, color=look.color, linewidth=0.6, alpha=0.6)
-    every = max(1, len(sizes) // 15)
-    axis.plot(sizes, shares.mean(0), label=label, markersize=4, markevery=every, clip_on=False, **look._asdict())
+        for table in tables:
+            axis.plot(sizes, 100 * table[1], color=look.color, linewidth=0.6, alpha=0.6)
+    axis.plot(
+        sizes, mean, label=label, markersize=4, markevery=max(1, len(sizes) // 15), clip_on=False, **look._asdict()
+    )
+
+
+def _drawn(curve: Curve) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Sizes, shares and their intervals: PLB's at sizes as close as a picture shows, another's as they are."""
+    if curve.smallest is None:
+        return curve.sizes_255, curve.misclassified, curve.low, curve.high
+    sizes = torch.linspace(0, curve.sizes_255[-1], 201, dtype=torch.float64)
+    return sizes.tolist(), *_shares(curve.smallest[:, None] * 255 <= sizes)
 
 
 EVALUATION = Evaluation(
