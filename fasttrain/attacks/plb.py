@@ -62,10 +62,11 @@ def plb(config: PLBConfig) -> Attack:
     network they stay within 2 % for shrink 0.1 to 3, and 300 steps come within 0.5 % of 900.
 
     The first success is looked for up the loss, in steps that grow to the pixel range, for `ASCENT` evaluations (half
-    of all, if that is less, growing faster). Where that finds none (the gradient is 0, or leads round in circles) it is looked for, to
-    the last evaluation, at and one step up the loss from images of growing change: towards black, white, the colours
-    between, coarse and fine noise. A success that late may lie far off: `HALVINGS` bisections towards the
-    image follow. So an image is passed over only if all of these are classified as it is.
+    of all, growing faster, if that is less). Where that finds none, since the gradient is 0 or leads round in circles,
+    it is looked for to the last evaluation at, and one step up the loss from, images of growing change: towards black,
+    white, the colours between, coarse and fine noise, which is a function of ``keys``. So an image is passed over only
+    if all of these are classified as it is. A success that late may lie far off: `HALVINGS` bisections towards the
+    image follow, and from wherever it is a step takes off at least a fiftieth of the change.
 
     The authors' code differs in three points. Its proximal operator of the L∞ norm projects onto the L1 *sphere*, which
     is wrong inside the ball; here it is the true one. It backtracks until every image of the batch has succeeded;
