@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fasttrain import distributed
 from fasttrain.attacks import L2, Linf, PLBConfig, fgsm, image_keys, make_attack, pgd, plb
 from fasttrain.attacks.losses import cross_entropy
 from fasttrain.config import load, resolve
 from fasttrain.data import Batch
-from fasttrain.errors import NotFinite, UsageError
+from fasttrain.errors import UsageError
 from fasttrain.evaluation.attacked import outcomes
 from fasttrain.evaluation.curves import (
     CurvesEvaluation,
@@ -53,7 +54,7 @@ def linear(weight: Tensor, bias: Tensor):
 def test_smallest_changes_of_a_linear_classifier_are_its_distances_to_the_other_classes(norm, dual):
     batch, weight, bias = samples()
     logits = linear(weight, bias)
-    attack = plb(PLBConfig(norm=norm, steps=200, shrink=0.02))
+    attack = plb(PLBConfig(norm=norm))
     found = smallest_changes(logits, batch, attack, norm)
     assert found.dtype == torch.float64
     for x, label, size in zip(batch.images[0], batch.labels.tolist(), found.tolist(), strict=True):
@@ -135,7 +136,6 @@ def test_what_is_found_for_an_image_far_from_all_others_does_not_depend_on_its_b
     whole = smallest_changes(logits, batch, plb(PLBConfig(steps=80)))
     alone = Batch(batch.images[:, 1:2], batch.labels[1:2], batch.index[1:2])
     assert torch.equal(smallest_changes(logits, alone, plb(PLBConfig(steps=80))), whole[1:2])
-    assert len(set(whole.tolist())) == 3  # each has noise of its own
 
 
 def test_an_image_that_nothing_fools_is_infinitely_far_and_counted():
@@ -219,9 +219,9 @@ def curves_of(encoders: list[Path], images: Path, output: Path, *given: str, tas
     module = script("eval")
     source = f"source=[{','.join(map(str, encoders))}]" if task == "curves" else f"source={encoders[0]}"
     arguments = [f"task={task}", source, f"data.root={images}", f"output={output}", "device=cpu", "loader.threads=1"]
-    arguments += ["augment.size=16", "batch=8"]
+    arguments += ["augment.size=16", "batch=16"]
     module.evaluate(load(module.schema_of(task), [*arguments, *given], module.of_run))
-    return json.loads(output.read_text())
+    return json.loads(output.read_text()) if distributed.rank() == 0 else {}
 
 
 SMALL = ["eps_255=[4,8]", "steps=2", "plb.steps=8", "classifier.linear.l2=[0.1]", "bootstrap=20", "names=[a,a]"]
@@ -253,21 +253,24 @@ def test_the_command_draws_goes_on_and_does_the_new_sizes_alone(encoders, images
     seen = attacked.Targets.at
     monkeypatch.setattr(attacked.Targets, "at", lambda self, point: worked.append(point) or seen(self, point))
     more = curves_of(encoders, images, output, "eps_255=[4,6,8]", *SMALL[1:], "seed=3")
-    assert {point["attack"]["eps_255"] for point in worked} == {6} and len(worked) == 2 * 2 * 2
+    assert {point["attack"]["eps_255"] for point in worked} == {6} and len(worked) == 2 * 2
     assert more["encoders"][0]["curves"][0]["sizes_255"] == [0, 4, 6, 8]
     assert curves.EVALUATION.figure is not None
 
 
 def _on_rank(encoders: list[Path], images: Path, output: Path) -> int:
-    for task, given in (("curves", SMALL), ("robust", ["robust.attack.steps=2", "linear.l2=[0.1]"])):
+    for task, given in (
+        ("curves", [*SMALL[:-1], "attacks=[fgsm,plb]"]),
+        ("robust", ["robust.attack.steps=2", "linear.l2=[0.1]"]),
+    ):
         curves_of(encoders, images, output.with_name(f"{task}.json"), *given, task=task)
     return 0
 
 
 def test_one_rank_and_two_find_the_same(encoders, images, tmp_path):
     places = [tmp_path / str(ranks) / "x.json" for ranks in (1, 2)]
-    _on_rank(encoders, images, places[0])
-    run_ranks(2, _on_rank, encoders, images, places[1])
+    _on_rank(encoders[:1], images, places[0])
+    run_ranks(2, _on_rank, encoders[:1], images, places[1])
     for task in ("curves", "robust"):
         one, two = (json.loads(place.with_name(f"{task}.json").read_text()) for place in places)
         assert (one["ranks"], two["ranks"]) == (1, 2)
@@ -296,6 +299,6 @@ def test_weights_that_give_no_finite_scores_end_with_a_line(encoders, images, tm
 
     classifier_of = curves.classifier_of
     monkeypatch.setattr(curves, "classifier_of", spoilt)
-    with pytest.raises(NotFinite, match="the scores of 8 of 8 validation images are not finite"):
+    with pytest.raises(UsageError, match="the scores of 12 of 12 validation images are not finite"):
         curves_of(encoders[:1], images, tmp_path / "o.json", *SMALL[:-1], "attacks=[fgsm]")
     assert not (tmp_path / "o.json").exists()
