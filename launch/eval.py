@@ -47,7 +47,7 @@ from safetensors.torch import save
 
 ELSEWHERE = "choose another place with output=…"
 
-TASKS = ("knn", "linear", "robust", "labels", "transfer", "trajectory", "landscape", "views", "fare")
+TASKS = ("knn", "linear", "robust", "labels", "curves", "transfer", "trajectory", "landscape", "views", "fare")
 "Each a module of fasttrain.evaluation."
 EVALUATIONS: dict[str, Evaluation] = {task: import_module(f"fasttrain.evaluation.{task}").EVALUATION for task in TASKS}
 

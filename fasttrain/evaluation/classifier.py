@@ -13,6 +13,7 @@ from fasttrain.config import Config, Where
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.evaluation import EvaluationData, Subject
 from fasttrain.evaluation.linear import LinearConfig, alone, fit_classifier
+from fasttrain.evaluation.parts import one_thread
 from fasttrain.evaluation.tasks import Classes, Task, task_of
 from fasttrain.export import PREFIX
 from fasttrain.models import Encoder
@@ -44,7 +45,9 @@ class Linear(NamedTuple):
 
 
 def classifier_of(subject: Subject, encoder: Encoder, data: EvaluationData, config: ClassifierConfig) -> Linear:
-    """The classifier that ``config`` asks for, the same bits on every rank and for any number of them; all together.
+    """The classifier that ``config`` asks for, the same on every rank; all together.
+
+    For any number of ranks it is the same bits, but where features are too many for each rank to hold all of them.
 
     Raises:
         UsageError: kind=own of what was trained without a classifier, or with one of other classes.
@@ -61,7 +64,8 @@ def classifier_of(subject: Subject, encoder: Encoder, data: EvaluationData, conf
     indices = data.choose("train", config.bank, task)
     features = data.all_features(encoder, "train", indices)
     features = features._replace(labels=task.relabelled(features.labels))
-    found = fit_classifier(features, len(task.classes), config.linear, alone)
+    with one_thread():
+        found = fit_classifier(features, len(task.classes), config.linear, alone)
     return Linear(found.weight, found.bias, task)
 
 

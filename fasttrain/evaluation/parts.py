@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -47,9 +47,10 @@ class Parts:
         folder: made when something is kept; None: nothing is.
     """
 
+    _runs: ClassVar[Iterator[int]] = itertools.count()  # of the process: each has a queue of its own
+
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._runs = itertools.count()
 
     def run(self, what: str, points: Sequence[Point], work: Callable[[Point], Found]) -> list[Found]:
         """``[work(point), …]`` on every rank, what was found before taken from the folder; all ranks together.

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from fasttrain.attacks import AttackConfig, attacked, image_keys, make_attack
-from fasttrain.attacks.evaluation import Watched
-from fasttrain.attacks.losses import cross_entropy
+from fasttrain.attacks import AttackConfig, attacked, make_attack
 from fasttrain.config import Config
 from fasttrain.data import Batch
 from fasttrain.data.augment import AugmentConfig
 from fasttrain.data.catalog import Catalog
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.distributed import all_reduce
-from fasttrain.errors import NotFinite, UsageError
+from fasttrain.errors import UsageError
+from fasttrain.evaluation.attacked import Targets, not_finite, outcomes
+from fasttrain.evaluation.classifier import ClassifierConfig, classifier_of
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject
-from fasttrain.evaluation.images import evaluation_batches, thin
-from fasttrain.evaluation.linear import ProbedConfig, alone, fit_classifier
-from fasttrain.evaluation.parts import Parts
+from fasttrain.evaluation.images import chunks, evaluation_batches, thin
+from fasttrain.evaluation.linear import ProbedConfig
+from fasttrain.evaluation.parts import Found, Parts, Point
 from fasttrain.models import Encoder
 
 
@@ -62,14 +60,26 @@ class RobustAccuracy(NamedTuple):
 def evaluate(
     subjects: Sequence[Subject], data: EvaluationData, config: RobustEvaluation, parts: Parts
 ) -> RobustAccuracy:
-    """:func:`robust_accuracy` of the one subject, with the linear probe as classifier."""
+    """:func:`robust_accuracy` of the one subject, with the linear probe as classifier; each batch is a part.
+
+    Raises:
+        UsageError: no validation image.
+        NotFinite: as :func:`robust_accuracy`.
+    """
     encoder = subjects[0].load(data.device)
-    banks, shared = data.features(encoder, train=data.choose("train", config.bank))
-    probe = fit_classifier(banks["train"], len(data.train.classes), config.linear, all_reduce if shared else alone)
-    classify = partial(F.linear, weight=probe.weight, bias=probe.bias)
-    with data.batches("val", data.choose("val", config.robust.images)) as batches:
-        found = robust_accuracy(encoder, classify, batches, config.robust.attack, data.device, data.autocast)
-    return found._replace(attack=config.robust.attack.model_dump())
+    probe = ClassifierConfig(bank=config.bank, linear=config.linear)
+    targets = Targets(data, [(encoder, classifier_of(subjects[0], encoder, data, probe))])
+    indices = data.choose("val", config.robust.images)
+    settings, attack = config.robust.attack.model_dump(), make_attack(config.robust.attack)
+    points = [targets.point(0, chunk, data.autocast, attack=settings) for chunk in chunks(indices, config.batch)]
+
+    def work(point: Point) -> Found:
+        found = targets.outcomes(point, attack)
+        return {"clean": int(found.clean.sum()), "robust": int(found.robust.sum())}
+
+    counts = parts.run("robust accuracy", points, work)
+    clean, robust = (sum(found[key] for found in counts) for key in ("clean", "robust"))
+    return _shares(clean, robust, len(indices))._replace(attack=settings)
 
 
 def robust_accuracy(
@@ -95,26 +105,23 @@ def robust_accuracy(
         NotFinite: a logit is not finite, or a loss or a gradient that an attack went by.
     """
     attack_images, model = make_attack(attack), attacked(encoder)
-    counts = torch.zeros(5, dtype=torch.int64, device=device)  # clean, robust, all; not finite clean, under attack
+    counts = torch.zeros(5, dtype=torch.int64, device=device)  # images; of them clean, robust and both not finite
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for batch in batches:
-            images, labels, index = (x.to(device, non_blocking=True) for x in (batch.images[0], *batch[1:3]))
-            if len(labels):
-                watched = Watched(lambda x, labels=labels: cross_entropy(classifier(model(x).features), labels))
-                moved = watched.or_nan(attack_images(watched, images, image_keys(0, 0, index)))
-                with torch.no_grad():
-                    logits = [classifier(model(x).features) for x in (images, moved)]
-                clean, robust = (scores.argmax(1) == labels for scores in logits)
-                bad = [~scores.isfinite().all(1) for scores in logits]
-                found = [clean, clean & robust, torch.ones_like(clean), *bad]
-                counts += torch.stack([mask.sum() for mask in found])
-    clean, robust, total, *bad = all_reduce(counts).tolist()
+            here = Batch(*(x.to(device, non_blocking=True) for x in batch[:3]))
+            if len(here.labels):
+                found = outcomes(lambda x: classifier(model(x).features), here, attack_images)
+                counts += torch.stack([torch.ones_like(found.clean).sum(), *(mask.sum() for mask in found)])
+    total, clean, robust, *bad = all_reduce(counts).tolist()
+    for count, under_attack in zip(bad, (False, True), strict=True):
+        if count:
+            raise not_finite(count, total, under_attack, autocast)
+    return _shares(clean, robust, total)
+
+
+def _shares(clean: int, robust: int, total: int) -> RobustAccuracy:
     if not total:
         raise UsageError("robust accuracy has 0 validation images: give a data set with a validation split")
-    for count, where in zip(bad, ("", " under attack"), strict=True):
-        if count:
-            remedy = ": set precision to fp32 or bf16" if autocast == torch.float16 else ""
-            raise NotFinite(f"the scores of {count:,} of {total:,} validation images{where} are not finite{remedy}")
     return RobustAccuracy(clean / total, robust / total, total)
 
 
