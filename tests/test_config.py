@@ -282,7 +282,7 @@ def test_every_setting_that_names_a_place_is_a_path(monkeypatch):
                 kinds = [*get_args(field.annotation), Annotated[(field.annotation, *field.metadata, None)]]
                 validators = [one for kind in kinds for one in getattr(kind, "__metadata__", ())]
                 (paths if PathText.__metadata__[0] in validators else texts).add(name)
-    assert texts == {"keep_best", "objective", "task"}
+    assert texts == {"keep_best", "objective", "task", "tasks"}
     assert paths >= {"dir", "root", "train", "val", "cache", "source", "output", "bundle", "folder", "deepspeed"}
 
 

@@ -23,7 +23,7 @@ from fasttrain.evaluation.spread import Spread, spreads
 from fasttrain.evaluation.tasks import Task
 from fasttrain.export import export
 from tests.ranks import run_ranks
-from tests.test_launch import script
+from tests.test_launch import evaluate_here, pretrain_here, script
 from tests.test_transfer import CPU, given, tiny
 
 
@@ -206,3 +206,12 @@ def test_the_picture_has_shares_on_a_logarithmic_axis_and_percent_from_zero():
     assert axis.get_xscale() == "log" and axis.get_ylim()[0] == 0
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "100"]
     assert len(sheet.legends[0].get_texts()) == 4
+
+
+def test_a_supervised_run_starts_from_an_encoder_and_is_measured_on_its_share(images, encoder, tmp_path, capsys):
+    more = ["model.arch=resnet18", "model.stem=cifar", "model.classes=2", "terms.supervised.objective=cross_entropy"]
+    more += [f"model.weights={encoder}", f"data.root={images}", "data.share=0.5", "evaluate.every_epochs=0"]
+    assert pretrain_here(*more, f"run.dir={tmp_path / 'run'}", "train.steps=1") == 0
+    assert f"the backbone starts from '{encoder}'" in capsys.readouterr().err
+    found = evaluate_here("labels", tmp_path / "run", *settings(images, tmp_path / "run", "heads=[]")[2:])
+    assert [(run["share"], run["way"]) for run in found["runs"]] == [("1", "frozen"), ("0.5", "frozen"), ("0.5", "own")]

@@ -20,8 +20,8 @@ from fasttrain.errors import NotFinite, UsageError
 from fasttrain.evaluation import transfer
 from fasttrain.evaluation.evaluation import EvaluationData, Subject, subjects_of
 from fasttrain.evaluation.finetuning import (
-    CropConfig,
     Network,
+    RandomCropConfig,
     Recipe,
     drawn_batches,
     linear_head,
@@ -140,13 +140,13 @@ def test_with_rates_of_zero_weights_stay_and_the_encoder_is_never_touched(images
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     task = Task("both", (0, 1))
     settings = (encoder, linear_head(32, 2, 0), data, data.train.indices, task)
-    network = train_network(*settings, Recipe(1, 8, 0.0), 0, CropConfig())
+    network = train_network(*settings, Recipe(1, 8, 0.0), 0, RandomCropConfig())
     assert all(torch.equal(p, q) for p, q in zip(network.encoder.parameters(), encoder.parameters(), strict=True))
     x = torch.rand(4, 3, 16, 16)
     network.train(), encoder.train()
     assert network.encoder(x).features.equal(encoder(x).features)
     encoder.load_state_dict(before)
-    network = train_network(*settings, Recipe(1, 8, 0.1), 0, CropConfig())
+    network = train_network(*settings, Recipe(1, 8, 0.1), 0, RandomCropConfig())
     assert all(before[name].equal(tensor) for name, tensor in encoder.state_dict().items())
     assert not network.encoder.backbone.conv1.weight.equal(before["backbone.conv1.weight"])
     assert not network.encoder.backbone.bn1.sync and encoder.backbone.bn1.sync
@@ -155,7 +155,7 @@ def test_with_rates_of_zero_weights_stay_and_the_encoder_is_never_touched(images
 @pytest.mark.parametrize(("most", "sizes"), [(24, [24]), (256, [24]), (23, [12, 12]), (7, [6] * 4), (2, [2] * 12)])
 def test_batches_of_an_epoch_have_one_size(images, most, sizes):
     catalog = open_catalog(DataConfig(root=str(images)), "train")
-    shown = CropConfig().augment(16), LoaderConfig(threads=1), CPU
+    shown = RandomCropConfig().augment(16), LoaderConfig(threads=1), CPU
     with drawn_batches(catalog, catalog.indices, most, 0, *shown) as (batches, steps):
         first = [next(batches) for _ in range(steps)]
     assert [len(batch.labels) for batch in first] == sizes
@@ -164,7 +164,7 @@ def test_batches_of_an_epoch_have_one_size(images, most, sizes):
 
 def test_no_batch_has_one_image(images):
     catalog = open_catalog(DataConfig(root=str(images)), "train")
-    shown = CropConfig().augment(16), LoaderConfig(threads=1), CPU
+    shown = RandomCropConfig().augment(16), LoaderConfig(threads=1), CPU
     with drawn_batches(catalog, catalog.indices[:3], 2, 0, *shown) as (batches, steps):
         assert steps == 1 and len(next(batches).labels) == 2
 

@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
     backbone_lr: float | None = None  # peak, of the encoder under the head; None: the head's
 
 
-class CropConfig(Config):
+class RandomCropConfig(Config):
     """What a whole network in training sees: random crops of an image, some mirrored (SimCLR, appendix B.5)."""
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -87,7 +87,7 @@ class TrainingConfig(ComparisonConfig):
     "L2, of weights; biases and BatchNorm's parameters have none"
     backbone_lr: float | None = Field(None, gt=0)
     "peak learning rate of the encoder, where it is trained; null: the head's"
-    crop: CropConfig = CropConfig()
+    crop: RandomCropConfig = RandomCropConfig()
 
     @field_validator("seeds")
     @classmethod
@@ -220,7 +220,7 @@ def train_network(
     task: Task,
     recipe: Recipe,
     seed: int,
-    crop: CropConfig,
+    crop: RandomCropConfig,
     after_epoch: Callable[[int, Network], None] = lambda epoch, network: None,
 ) -> Network:
     """Encoder and head together, by :func:`train`, on crops of the training images ``indices``, which are the task's.
@@ -293,16 +293,16 @@ def _groups(module: nn.Module, peak: float, weight_decay: float) -> list[dict[st
 
 def _require_finite(total: Tensor, epoch: int, recipe: Recipe) -> None:
     if not bool(total.isfinite()):
-        rates = f"lr={recipe.lr:g}" + (
-            f" or backbone_lr={recipe.backbone_lr:g}" if recipe.backbone_lr is not None else ""
-        )
+        rates = f"lr={recipe.lr:g}"
+        if recipe.backbone_lr is not None:
+            rates += f" or backbone_lr={recipe.backbone_lr:g}"
         raise NotFinite(f"the loss of a classifier in training is not finite in epoch {epoch}: lower {rates}")
 
 
 __all__ = [
-    "CropConfig",
     "Head",
     "Network",
+    "RandomCropConfig",
     "Recipe",
     "TrainingConfig",
     "as_seen",

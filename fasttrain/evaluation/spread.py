@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a figure over seeds."""
+"""Mean and standard deviation of a figure over seeds, and the table that shows them."""
 
 from __future__ import annotations
 
