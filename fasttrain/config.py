@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
 
@@ -150,6 +150,14 @@ def differences(ours: Config, theirs: dict[str, Any]) -> list[str]:
     ]
 
 
+def differing(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Dotted keys that all of these nested plain ``settings`` have and whose values differ, with each one's value."""
+    flat = [_flatten(one) for one in settings]
+    shared = [key for key in flat[0] if all(key in one for one in flat)]
+    values = {key: [one[key] for one in flat] for key in shared}
+    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+
+
 def doubts(config: Config, prefix: str = "") -> list[str]:
     """The doubts of ``config`` and of all its sections, with dotted keys."""
     found = [prefix + doubt for doubt in config.doubts()]
@@ -268,6 +276,7 @@ __all__ = [
     "Where",
     "describe",
     "differences",
+    "differing",
     "doubts",
     "listed",
     "load",

@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Literal, TypeVar
 
@@ -116,13 +116,33 @@ def cores_per_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it :func:`rank`, :func:`world_size`, :func:`all_gather` and :func:`all_reduce` are those of a process
+    without others: what is computed in it by one rank waits for no other.
+    """
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def rank() -> int:
     """This process's rank; before the process group is up, what the launcher says (0 without one)."""
+    if _alone:
+        return 0
     return dist.get_rank() if dist.is_initialized() else _stated("RANK", 0)
 
 
 def world_size() -> int:
     """Number of ranks; before the process group is up, what the launcher says (1 without one)."""
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_initialized() else _stated("WORLD_SIZE", 1)
 
 
@@ -235,14 +255,14 @@ def all_gather(x: Tensor) -> Tensor:
     again. The usual gather, with a plain all-reduce in its backward, loses the graph there: its second-order gradients
     are wrong by a few percent. Without a process group it is ``x[None]``.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or world_size() == 1:
         return x.unsqueeze(0)
     return _Gather.apply(x)
 
 
 def all_reduce(x: Tensor) -> Tensor:
     """Sum ``x`` over the ranks; its adjoint is the same sum, so any order of derivative is right."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or world_size() == 1:
         return x
     return _Sum.apply(x)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fasttrain.data import Batch
-from fasttrain.models import Encoded, Encoder
+from fasttrain.models import Encoded, Encoder, frozen_statistics
 from fasttrain.objectives import Objective, encode
 from fasttrain.views import View, clean
 
 
 class Term(NamedTuple):
-    """One summand of the loss: ``weight * objective(encode(view(batch)), batch)``."""
+    """One summand of the loss: ``weight * objective(encode(view(batch)), batch)``; of weight 0 it is only reported."""
 
     name: str
     objective: Objective
@@ -56,15 +58,24 @@ class TrainStep(nn.Module):
             batch = self.prepare(batch)
         encodings: dict[View, tuple[Encoded, Batch]] = {}
         loss, values = 0.0, {}
-        for term in terms:
-            if term.view not in encodings:
-                seen = term.view(self.encoder, batch)
-                sharing = [other.objective for other in terms if other.view == term.view]
-                encodings[term.view] = encode(self.encoder, seen.images.flatten(0, 1), sharing), seen
-            value = term.objective(*encodings[term.view]).mean()
+        for term in sorted(terms, key=lambda term: not term.weight):  # an encoding with a graph serves the others too
+            with nullcontext() if term.weight else _untrained():
+                if term.view not in encodings:
+                    seen = term.view(self.encoder, batch)
+                    sharing = [other.objective for other in terms if other.view == term.view]
+                    encodings[term.view] = encode(self.encoder, seen.images.flatten(0, 1), sharing), seen
+                value = term.objective(*encodings[term.view]).mean()
             values[term.name] = value.detach()
-            loss = loss + term.weight * value
+            if term.weight:
+                loss = loss + term.weight * value
         for name, view in self.views.items():
             scalars = view.scalars() if hasattr(view, "scalars") else {}
             values |= {f"view/{name}/{key}": scalar for key, scalar in scalars.items()}
         return loss, values
+
+
+@contextmanager
+def _untrained() -> Iterator[None]:
+    """Within it nothing leaves a trace: neither a graph nor running statistics."""
+    with torch.no_grad(), frozen_statistics():
+        yield

@@ -31,6 +31,7 @@ from fasttrain.evaluation.evaluation import (
     Evaluation,
     EvaluationConfig,
     EvaluationData,
+    SourceConfig,
     place_of,
     split_arrays,
     subjects_of,
@@ -46,7 +47,7 @@ from safetensors.torch import save
 
 ELSEWHERE = "choose another place with output=…"
 
-TASKS = ("knn", "linear", "robust", "curves")
+TASKS = ("knn", "linear", "robust", "curves", "labels", "transfer", "trajectory", "landscape", "views", "fare")
 "Each a module of fasttrain.evaluation."
 EVALUATIONS: dict[str, Evaluation] = {task: import_module(f"fasttrain.evaluation.{task}").EVALUATION for task in TASKS}
 
@@ -58,19 +59,21 @@ class EvalConfig(EvaluationConfig):
     "which evaluation; the first argument"
 
 
-def evaluate(config: EvaluationConfig) -> int:
+def evaluate(config: SourceConfig) -> int:
     evaluation = EVALUATIONS[config.task]
     device = distributed.initialize(config.device)
     began = time.perf_counter()
     subjects = distributed.agree(lambda: subjects_of(config))
     output = distributed.agree(lambda: place_of(config, subjects))
     distributed.on_rank_zero(lambda: try_output(output, ELSEWHERE))
-    data = EvaluationData(config, device, autocast_dtype(decide(config.precision, device)))
+    precision = config.precision if isinstance(config, EvaluationConfig) else "fp32"
+    data = EvaluationData(config, device, autocast_dtype(decide(precision, device)))
     parts = Parts(output.with_suffix(".parts") if output.suffix == ".json" else None)
     with StopRequest():
         try:
             found = evaluation.evaluate(subjects, data, config, parts)
         except Stopped:
+            distributed.say("stopped: what is done is kept, and the same command goes on")
             return cli.EXIT_SAVED_ON_SIGNAL
     if distributed.rank() == 0:
         seconds = round(time.perf_counter() - began, 1)
@@ -79,7 +82,7 @@ def evaluate(config: EvaluationConfig) -> int:
 
 
 def report(
-    config: EvaluationConfig, evaluation: Evaluation, found: Any, data: EvaluationData, output: Path, seconds: float
+    config: SourceConfig, evaluation: Evaluation, found: Any, data: EvaluationData, output: Path, seconds: float
 ) -> None:
     """Print the result, then write it: numbers as JSON, tensors as safetensors and the picture beside that."""
     values, arrays = split_arrays(found)
@@ -111,13 +114,15 @@ def report(
 
 def of_run(given: dict[str, Any]) -> dict[str, Any]:
     """A run's own data, crops and loader, where nothing else is asked for; of several runs the first's."""
+    if not issubclass(schema_of(given.get("task", "")), EvaluationConfig):
+        return {}
     source = given.get("source")
     source = source[0] if isinstance(source, list) and source else source
     saved = inherited.settings_of(source)
     return inherited.data_of(saved, given) | {key: saved[key] for key in ("augment",) if key in saved}
 
 
-def schema_of(task: str) -> type[EvaluationConfig]:
+def schema_of(task: str) -> type[SourceConfig]:
     return EVALUATIONS[task].config if task in EVALUATIONS else EvalConfig
 
 

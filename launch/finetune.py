@@ -182,9 +182,7 @@ def build(config: FinetuneConfig, encoder: Encoder, device: torch.device) -> Par
         keep_in_evaluation(encoder)
     against = fare_one_sided() if config.fare.against == "distance" else surrogate_one_sided(classifier)
     attacked = adversarial(config.attack, against, config.run.seed, accumulation=config.train.accumulation)
-    terms = [Term("adversarial", fare(), 1.0, attacked)]
-    if config.fare.alpha:
-        terms.append(Term("clean", fare(), config.fare.alpha))
+    terms = [Term("adversarial", fare(), 1.0, attacked), Term("clean", fare(), config.fare.alpha)]
 
     evaluations = []
     if measured:

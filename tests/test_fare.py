@@ -134,6 +134,23 @@ def test_the_reference_stays_as_it_was_and_the_statistics_as_they_are_told_to(ba
     assert ("encoder.backbone.bn1.running_mean" in changed) == (batchnorm == "train")
 
 
+@pytest.mark.parametrize("batchnorm", ["eval", "train"])
+def test_a_term_of_weight_0_is_reported_and_leaves_no_trace(batchnorm):
+    steps = []
+    for terms in (slice(0, 1), slice(None, None, -1)):
+        step = step_of(small_encoder(), batchnorm=batchnorm)
+        moved(step.encoder)
+        step.terms = tuple(term._replace(weight=float(term.name != "clean")) for term in step.terms)[terms]
+        loss, values = step.train()(some_batch(5))
+        loss.backward()
+        steps.append((step, loss, values))
+    (without, loss, _), (step, same, values) = steps
+    assert same.equal(loss) and values["clean"] > 1e-3 and not values["clean"].requires_grad
+    assert all(ours.equal(theirs) for ours, theirs in zip(step.buffers(), without.buffers(), strict=True))
+    for ours, theirs in zip(step.parameters(), without.parameters(), strict=True):
+        assert ours.grad is theirs.grad or ours.grad.equal(theirs.grad)
+
+
 def test_a_batch_without_targets_is_refused():
     encoder, batch = small_encoder(), some_batch(4)
     with pytest.raises(UsageError, match="no targets"):

@@ -133,5 +133,6 @@ def _a_signal_to_one(folder: str) -> int:
 
 def test_a_signal_to_one_rank_ends_all_and_keeps_what_is_done(tmp_path):
     done = run_ranks(2, _a_signal_to_one, str(tmp_path))
-    assert done == [1, 1]
-    assert run_ranks(2, _on_two_ranks, str(tmp_path))[0][1] + 2 <= len(POINTS)
+    assert done[1] == 1 and done[0] <= 1  # 0 where the signal came before it took one
+    asked = [asked for _, asked in run_ranks(2, _on_two_ranks, str(tmp_path))]
+    assert sum(asked) == len(POINTS) - sum(done)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -27,9 +27,10 @@ from fasttrain.data.loader import LoaderConfig
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.features import Features, extract
 from fasttrain.evaluation.finite import check_features
-from fasttrain.evaluation.images import catalog_features, chunks, evaluation_batches, own_batches, thin
+from fasttrain.evaluation.images import catalog_features, chunks, evaluation_batches, own_batches, thin, why_not_finite
 from fasttrain.evaluation.parts import Parts
 from fasttrain.evaluation.tasks import Task
+from fasttrain.evaluation.watching import watched
 from fasttrain.export import load_encoder
 from fasttrain.models import Encoder, ModelConfig
 from fasttrain.precision import Precision
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Split = Literal["train", "val"]
+
+WHOLE = 1 << 30
+"Bytes of features that every rank may hold."
 
 
 class CropConfig(AugmentConfig):
@@ -55,8 +59,8 @@ class CropConfig(AugmentConfig):
         return False
 
 
-class EvaluationConfig(Config):
-    """What all evaluations are told: what to evaluate, how and on what."""
+class SourceConfig(Config):
+    """What all evaluations are told, those too that show a network no image."""
 
     task: str
     "which evaluation; the first argument"
@@ -64,10 +68,20 @@ class EvaluationConfig(Config):
     "a run's folder or a weights file; the second argument"
     output: PathText | None = None
     "the JSON file; null: eval-<task>.json beside the weights"
-    batch: int = Field(256, ge=1)
-    "images each rank encodes at a time"
     device: distributed.Device = "auto"
     "auto: the GPU when there is one"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Of one, or of several."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+
+class EvaluationConfig(SourceConfig):
+    """What evaluations of an encoder are told: what to evaluate, how and on what."""
+
+    batch: int = Field(256, ge=1)
+    "images each rank encodes at a time"
     precision: Precision = "auto"
     "of the features: auto is bf16 where the hardware has it, else fp32"
     model: ModelConfig | None = None
@@ -77,13 +91,13 @@ class EvaluationConfig(Config):
     loader: LoaderConfig = LoaderConfig()
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """Of one, or of several."""
-        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+    def opened(self) -> DataConfig:
+        """The data set that is opened."""
+        return self.data
 
 
-class ComparisonConfig(EvaluationConfig):
-    """What evaluations of one encoder or several are told."""
+class SourcesConfig(SourceConfig):
+    """What evaluations of several sources, or of one, are told."""
 
     source: tuple[PathText, ...] = Field(min_length=1)  # type: ignore[assignment]
     "runs' folders or weights files, one or several; the arguments after the first"
@@ -108,6 +122,10 @@ class ComparisonConfig(EvaluationConfig):
         if names is not None and len(names) != count:
             raise ValueError(f"{len(names)} names for {count} sources: give one each, in the order of the sources")
         return names
+
+
+class ComparisonConfig(SourcesConfig, EvaluationConfig):
+    """What evaluations of one encoder or several are told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +153,7 @@ class Subject:
         return distributed.agree(lambda: load_encoder(self.source, self.model)).to(device)
 
 
-def subjects_of(config: EvaluationConfig) -> list[Subject]:
+def subjects_of(config: SourceConfig) -> list[Subject]:
     """What ``config`` evaluates, in its order.
 
     Runs whose settings differ in ``run.seed`` and ``run.dir`` alone are of one method, named after the first's folder
@@ -146,14 +164,14 @@ def subjects_of(config: EvaluationConfig) -> list[Subject]:
     methods: dict[str, str] = {}
     for position, source in enumerate(config.sources):
         settings = inherited.settings_of(source)
-        own = Path(source).resolve().name if settings else Path(source).resolve().stem
+        own = Path(source).resolve().name if Path(source).is_dir() else Path(source).resolve().stem
         if names is not None:
             method = names[position]
         elif settings:
             method = methods.setdefault(_without_seed(settings), own)
         else:
             method = own
-        subjects.append(Subject(source, own, method, settings, config.model))
+        subjects.append(Subject(source, own, method, settings, getattr(config, "model", None)))
     if names is None:
         shared = {s.method for s in subjects if sum(t.method == s.method for t in subjects) > 1}
         short = {method: method.rstrip("0123456789").rstrip("-_. ") or method for method in shared}
@@ -202,7 +220,7 @@ class EvaluationData:
         """
 
         def opened() -> Catalog:
-            catalog = open_catalog(self.config.data, split)
+            catalog = open_catalog(self.config.opened, split)
             catalog.require_labels(f"the accuracy of {self.config.task}")
             return catalog
 
@@ -230,9 +248,21 @@ class EvaluationData:
         """Behind catalogue, indices and batch: what the functions of :mod:`fasttrain.evaluation.images` are told."""
         return self.config.augment, self.config.loader, self.device
 
-    def features(self, encoder: Encoder, split: Split, indices: np.ndarray) -> Features:
-        """This rank's share, all ranks together: what kNN and the linear probe take."""
-        return catalog_features(encoder, self.of(split), indices, self.config.batch, *self.where, self.autocast)
+    def features(self, encoder: Encoder, **indices: np.ndarray) -> tuple[dict[str, Features], bool]:
+        """The features of each split's ``indices``, and whether they are shared among the ranks; all ranks together.
+
+        What takes at most :data:`WHOLE` bytes every rank holds, whole and in bits the same for any number of ranks, and
+        so is what follows from it. Of more each rank holds a share, and results over ranks agree to rounding.
+        """
+        count = sum(map(len, indices.values()))
+        shared = count * encoder.backbone.num_features * 4 > WHOLE
+        where = self.config.batch, *self.where, self.autocast
+        return {
+            split: catalog_features(encoder, self.of(split), chosen, *where)
+            if shared
+            else self.all_features(encoder, split, chosen)
+            for split, chosen in indices.items()
+        }, shared
 
     def batches(self, split: Split, indices: np.ndarray):
         """This rank's share of the images, in batches, as a context; all ranks together."""
@@ -251,13 +281,18 @@ class EvaluationData:
             NotFinite: some are not.
         """
         mine = chunks(indices, self.config.batch)[distributed.rank() :: distributed.world_size()]
-        none = torch.zeros(0, dtype=torch.int64)
-        share = Features(torch.zeros(0, encoder.backbone.num_features), none, none)
-        if mine:
-            with self.own_batches(split, np.concatenate(mine)) as batches:
-                share = Features(*(part.cpu() for part in extract(encoder, batches, self.device, self.autocast)))
-        check_features(f"{split} images", share._replace(features=share.features.to(self.device)))
-        parts = [_gathered(part) for part in share]
+
+        def encoded(chosen: np.ndarray, autocast: torch.dtype | None) -> Features:
+            if not len(chosen):
+                none = torch.zeros(0, dtype=torch.int64, device=self.device)
+                return Features(torch.zeros(0, encoder.backbone.num_features, device=self.device), none, none)
+            with self.own_batches(split, chosen) as batches:
+                seen = watched(batches, f"{split} features", -(-len(chosen) // self.config.batch))
+                return extract(encoder, seen, self.device, autocast)
+
+        share = encoded(np.concatenate(mine) if mine else indices[:0], self.autocast)
+        check_features(f"{split} images", share, partial(why_not_finite, encoder, self.autocast, encoded))
+        parts = [_gathered(part.cpu()) for part in share]
         shares = [Features(*members) for members in zip(*parts, strict=True)]
         size, pieces = self.config.batch, []
         for number in range(len(chunks(indices, size))):
@@ -284,7 +319,7 @@ def flat(found: Any) -> list[str]:
 class Evaluation(NamedTuple):
     """A line of the table in ``launch/eval.py``."""
 
-    config: type[EvaluationConfig]
+    config: type[SourceConfig]
     evaluate: Callable[[Sequence[Subject], EvaluationData, Any, Parts], Any]
     "(subjects, data, settings, parts) -> a NamedTuple; all ranks together, and the same on each"
     about: str
@@ -312,7 +347,7 @@ def split_arrays(value: Any, name: str = "") -> tuple[Any, dict[str, Tensor]]:
     return plain, {key: tensor for _, found in parts.values() for key, tensor in found.items()}
 
 
-def place_of(config: EvaluationConfig, subjects: Sequence[Subject]) -> Path:
+def place_of(config: SourceConfig, subjects: Sequence[Subject]) -> Path:
     """Where the result goes: ``config.output``, or beside the weights, or in the folder that holds all of several.
 
     Raises:
@@ -335,6 +370,8 @@ __all__ = [
     "Evaluation",
     "EvaluationConfig",
     "EvaluationData",
+    "SourceConfig",
+    "SourcesConfig",
     "Split",
     "Subject",
     "fingerprint",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.evaluation.features import Features, extract
 from fasttrain.evaluation.finite import check_features, reason
+from fasttrain.evaluation.watching import watched
 from fasttrain.models import Encoder
 from fasttrain.stop import heeded, until_stopped
 
@@ -38,18 +40,27 @@ def catalog_features(
 
     def encoded(chosen: np.ndarray, dtype: torch.dtype | None) -> Features:
         with evaluation_batches(catalog, chosen, batch, augment, loader, device) as batches:
-            return extract(encoder, batches, device, dtype)
-
-    def why(images: list[int]) -> str:
-        def finite_in_fp32() -> bool:
-            again = encoded(np.asarray(images), None)
-            return not distributed.any_rank(not bool(again.features.isfinite().all()))
-
-        return reason(encoder, autocast, finite_in_fp32)
+            count = -(-len(chosen) // (batch * distributed.world_size()))
+            return extract(encoder, watched(batches, f"{catalog.split} features", count), device, dtype)
 
     found = encoded(indices, autocast)
-    check_features(f"{catalog.split} images", found, why)
+    check_features(f"{catalog.split} images", found, partial(why_not_finite, encoder, autocast, encoded))
     return found
+
+
+def why_not_finite(
+    encoder: Encoder,
+    autocast: torch.dtype | None,
+    encoded: Callable[[np.ndarray, torch.dtype | None], Features],
+    images: list[int],
+) -> str:
+    """Why the features of these images are not finite; all ranks together, ``encoded`` giving those in a precision."""
+
+    def finite_in_fp32() -> bool:
+        again = encoded(np.asarray(images), None)
+        return not distributed.any_rank(not bool(again.features.isfinite().all()))
+
+    return reason(encoder, autocast, finite_in_fp32)
 
 
 @contextmanager

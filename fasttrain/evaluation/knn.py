@@ -49,18 +49,23 @@ class KNNAccuracy(NamedTuple):
 
 
 @torch.no_grad()
-def knn(train: Features, val: Features, config: KNNConfig | None = None) -> KNNAccuracy:
+def knn(train: Features, val: Features, config: KNNConfig | None = None, *, shared: bool = True) -> KNNAccuracy:
     """Accuracy of the vote Σ exp(cos(q, b)/T) [label(b) = c] over the K nearest b of each query q (Wu et al. 2018).
 
     The neighbours are exactly those of the whole training set: each rank searches its shard for every rank's queries,
     and the K best of all shards' K best are kept. Shards may differ in length. Every rank returns the same.
+
+    Args:
+        shared: whether each rank holds a shard; else it holds all of both sets, and asks no other.
 
     Raises:
         UsageError: no training or no validation sample.
         NotFinite: a feature is not finite.
     """
     config = config or KNNConfig()
-    train_sizes, val_sizes = (all_gather_object(len(part.labels)) for part in (train, val))
+    train_sizes, val_sizes = (
+        all_gather_object(len(part.labels)) if shared else [len(part.labels)] for part in (train, val)
+    )
     for name, sizes in (("training", train_sizes), ("validation", val_sizes)):
         if not sum(sizes):
             raise UsageError(f"kNN has 0 {name} images: give a data set with a {name} split")
@@ -74,14 +79,16 @@ def knn(train: Features, val: Features, config: KNNConfig | None = None) -> KNNA
     for source, size in enumerate(val_sizes):
         for start in range(0, size, QUERIES):
             rows = slice(start, min(start + QUERIES, size))
-            mine = source == rank()
+            mine = source == rank() or not shared
             query = queries[rows].contiguous() if mine else bank.new_empty(rows.stop - start, bank.shape[1])
             if len(val_sizes) > 1:
                 dist.broadcast(query, source)
-            similarity, labels = _merge(*_nearest(query, bank, train.labels, k), k)
+            similarity, labels = _nearest(query, bank, train.labels, k)
+            if shared:
+                similarity, labels = _merge(similarity, labels, k)
             if mine:
                 correct += hits(_vote(similarity, labels, classes, config.temperature), val.labels[rows])
-    top1, top5 = (all_reduce(correct) / sum(val_sizes)).tolist()
+    top1, top5 = ((all_reduce(correct) if shared else correct) / sum(val_sizes)).tolist()
     note = f"K = {k}, not {config.neighbours}: there are {k} training images" if k < config.neighbours else None
     return KNNAccuracy(top1, top5, k, config.temperature, note)
 
@@ -89,8 +96,8 @@ def knn(train: Features, val: Features, config: KNNConfig | None = None) -> KNNA
 def evaluate(subjects: Sequence[Subject], data: EvaluationData, config: KNNEvaluation, parts: Parts) -> KNNAccuracy:
     """:func:`knn` of the one subject."""
     encoder = subjects[0].load(data.device)
-    bank = data.features(encoder, "train", data.choose("train", config.bank))
-    return knn(bank, data.features(encoder, "val", data.choose("val")), config.knn)
+    splits, shared = data.features(encoder, train=data.choose("train", config.bank), val=data.choose("val"))
+    return knn(splits["train"], splits["val"], config.knn, shared=shared)
 
 
 def _directions(features: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fasttrain.evaluation.accuracy import count_classes, hits
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationConfig, EvaluationData, Subject
 from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.finite import check_features
-from fasttrain.evaluation.parts import Parts
+from fasttrain.evaluation.parts import Parts, one_thread
 
 ROWS = 65536  # rows whose logits are held at a time
 
@@ -73,7 +73,9 @@ class LinearAccuracy(NamedTuple):
 
 
 @torch.no_grad()
-def linear_probe(train: Features, val: Features, config: LinearConfig | None = None) -> LinearAccuracy:
+def linear_probe(
+    train: Features, val: Features, config: LinearConfig | None = None, total: Total = all_reduce
+) -> LinearAccuracy:
     """Accuracy of a linear classifier fitted to ``train``, features standardised by its mean and deviation.
 
     Each rank keeps its own samples; what is summed over the ranks is the loss and its gradient, so the fit is that of
@@ -85,11 +87,11 @@ def linear_probe(train: Features, val: Features, config: LinearConfig | None = N
     """
     config = config or LinearConfig()
     for name, part in (("training", train), ("validation", val)):
-        if not _count(part.labels):
+        if not _count(part.labels, total):
             raise UsageError(f"the linear probe has 0 {name} images: give a data set with a {name} split")
     check_features("validation images", val)
-    found = fit_classifier(train, count_classes(train.labels, val.labels), config)
-    accuracies = (_accuracy(part, found.weight, found.bias) for part in (train, val))
+    found = fit_classifier(train, count_classes(train.labels, val.labels), config, total)
+    accuracies = (_accuracy(part, found.weight, found.bias, total) for part in (train, val))
     return LinearAccuracy(*chain(*accuracies), found.l2, found.held_out)
 
 
@@ -98,8 +100,8 @@ def evaluate(
 ) -> LinearAccuracy:
     """:func:`linear_probe` of the one subject."""
     encoder = subjects[0].load(data.device)
-    bank = data.features(encoder, "train", data.choose("train", config.bank))
-    return linear_probe(bank, data.features(encoder, "val", data.choose("val")), config.linear)
+    splits, shared = data.features(encoder, train=data.choose("train", config.bank), val=data.choose("val"))
+    return linear_probe(splits["train"], splits["val"], config.linear, all_reduce if shared else alone)
 
 
 class Classifier(NamedTuple):
@@ -116,7 +118,7 @@ def fit_classifier(train: Features, classes: int, config: LinearConfig, total: T
     """The classifier of :func:`linear_probe`, the same on every rank.
 
     Args:
-        train: this rank's share; all of it with ``total=alone``, the same bits whatever the number of ranks.
+        train: this rank's share; all of it with ``total=alone``, the same bits whatever the number of ranks and cores.
 
     Raises:
         UsageError: no image left on one side of the held-out split.
@@ -124,6 +126,12 @@ def fit_classifier(train: Features, classes: int, config: LinearConfig, total: T
     """
     if total is not alone:
         check_features("training images", train)
+        return _fitted(train, classes, config, total)
+    with one_thread():  # sums over the samples in one order
+        return _fitted(train, classes, config, total)
+
+
+def _fitted(train: Features, classes: int, config: LinearConfig, total: Total) -> Classifier:
     mean, deviation = _moments(train, total)
     parts = [((x.double() - mean) / deviation).to(x.dtype) for x in train.features.split(ROWS)]
     standard = train._replace(features=torch.cat(parts))
@@ -189,9 +197,14 @@ def _moments(samples: Features, total: Total) -> tuple[Tensor, Tensor]:
     return mean, deviation.masked_fill(deviation == 0, 1)  # a constant feature says nothing: it becomes 0
 
 
+def held_out(index: Tensor, share: float) -> Tensor:
+    """Which of the images at ``index`` are held out: about ``share`` of them, by a hash that takes neighbours apart."""
+    return (index * 2654435761) % 2**32 < share * 2**32
+
+
 def _split(samples: Features, share: float, total: Total) -> tuple[Features, Features]:
-    """Samples to fit on and to choose on, by a hash of the index that spreads neighbours (of a class, often) evenly."""
-    held = (samples.index * 2654435761) % 2**32 < share * 2**32
+    """Samples to fit on and to choose on, neighbours (of a class, often) spread evenly."""
+    held = held_out(samples.index, share)
     parts = tuple(Features(*(member[mask] for member in samples)) for mask in (~held, held))
     if not all(_count(part.labels, total) for part in parts):
         raise UsageError(
@@ -213,7 +226,7 @@ def _zeros(samples: Features, classes: int) -> tuple[Tensor, Tensor]:
     return weight, weight.new_zeros(classes)
 
 
-def _count(labels: Tensor, total: Total = all_reduce) -> int:
+def _count(labels: Tensor, total: Total) -> int:
     return int(total(torch.tensor(len(labels), device=labels.device)))
 
 

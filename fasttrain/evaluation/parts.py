@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +27,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from tqdm import tqdm
 
 from fasttrain import distributed
 from fasttrain.errors import UsageError, explained
+from fasttrain.evaluation.watching import watching
 from fasttrain.run import replace_file
 from fasttrain.stop import Stopped, StopRequest
 
@@ -39,9 +38,6 @@ Point = dict[str, Any]
 "What a part's result depends on, as JSON has it."
 Found = dict[str, Any]
 "What was found there: plain values, and tensors."
-
-EVERY = 10.0
-"Seconds between two lines of progress where no terminal shows a bar."
 
 
 class Parts:
@@ -80,13 +76,19 @@ class Parts:
         done |= {key: known[key] | tensors[key] for key in tensors}
         return [done[key] for key in keys]
 
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        """Those that :meth:`run` would work on, so that what only they need is made for them alone; ranks together."""
+        wanted = {key_of(point): point for point in points}
+        known = distributed.broadcast_bytes(self._read(wanted.keys()) if distributed.rank() == 0 else b"")
+        return [point for key, point in wanted.items() if key not in json.loads(known)]
+
     def _work(
         self, what: str, missing: list[str], wanted: dict[str, Point], work: Callable[[Point], Found]
     ) -> dict[str, Found]:
         """What this rank found, when all ranks have ended."""
         queue, mine = Queue(f"parts-{next(self._runs)}"), {}
         failure: Exception | None = None
-        with _progress(what, len(missing)) as show:
+        with watching(what, len(missing), "parts") as show:
             try:
                 while not queue.halted() and (number := queue.take()) < len(missing):
                     key = missing[number]
@@ -115,10 +117,6 @@ class Parts:
         distributed.agree(raised)
         if distributed.any_rank(_told()):
             StopRequest.in_force.agree(True)
-            distributed.say(
-                f"stopped: {what} has {queue.finished():,} of {len(missing):,} parts more, kept in {self.folder}; the "
-                "same command goes on"
-            )
             raise Stopped
         return mine
 
@@ -228,27 +226,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """``show(done)``: a bar on a terminal, else a line now and then."""
-    first = distributed.rank() == 0
-    terminal = sys.stderr.isatty()
-    began = told = time.monotonic()
-    with tqdm(total=total, desc=what, unit="part", disable=not (terminal and first), dynamic_ncols=True) as bar:
-
-        def show(done: int) -> None:
-            nonlocal told
-            bar.update(done - bar.n)
-            now = time.monotonic()
-            if not terminal and done and now - told >= EVERY:
-                told, left = now, (now - began) / done * (total - done)
-                distributed.say(
-                    f"{what}: {done:,} of {total:,} parts  left {time.strftime('%H:%M:%S', time.gmtime(left))}"
-                )
-
-        yield show
 
 
 def _told() -> bool:

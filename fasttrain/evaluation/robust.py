@@ -18,11 +18,12 @@ from fasttrain.data.loader import LoaderConfig
 from fasttrain.distributed import all_reduce
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.attacked import Targets, not_finite, outcomes
-from fasttrain.evaluation.classifier import ClassifierConfig, classifier_of
+from fasttrain.evaluation.classifier import Linear
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject
 from fasttrain.evaluation.images import chunks, evaluation_batches, thin
-from fasttrain.evaluation.linear import ProbedConfig
+from fasttrain.evaluation.linear import ProbedConfig, alone, fit_classifier
 from fasttrain.evaluation.parts import Found, Parts, Point
+from fasttrain.evaluation.tasks import task_of
 from fasttrain.models import Encoder
 
 
@@ -67,8 +68,10 @@ def evaluate(
         NotFinite: as :func:`robust_accuracy`.
     """
     encoder = subjects[0].load(data.device)
-    probe = ClassifierConfig(bank=config.bank, linear=config.linear)
-    targets = Targets(data, [(encoder, classifier_of(subjects[0], encoder, data, probe))])
+    task = task_of(None, data.train)
+    banks, shared = data.features(encoder, train=data.choose("train", config.bank))
+    probe = fit_classifier(banks["train"], len(task.classes), config.linear, all_reduce if shared else alone)
+    targets = Targets(data, [(encoder, Linear(probe.weight, probe.bias, task))])
     indices = data.choose("val", config.robust.images)
     settings, attack = config.robust.attack.model_dump(), make_attack(config.robust.attack)
     points = [targets.point(0, chunk, data.autocast, attack=settings) for chunk in chunks(indices, config.batch)]

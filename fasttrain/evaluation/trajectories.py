@@ -23,6 +23,8 @@ from fasttrain.output import write_output
 FILE = "trajectories.safetensors"
 TOLERANCE = 2**-8
 "How far a sum of probabilities may be from 1: float16 rounds each by half of 2⁻¹⁰ of it at most."
+BLOCK = 1 << 22
+"Probabilities that are looked at at a time."
 
 
 class Trajectory(NamedTuple):
@@ -85,7 +87,8 @@ def check_probabilities(probabilities: Tensor, what: str) -> None:
     Raises:
         UsageError: a value below 0 or not finite, or a row whose sum is not 1.
     """
-    for block in probabilities.reshape(-1, probabilities.shape[-1]).split(1 << 16):
+    rows = probabilities.reshape(-1, probabilities.shape[-1])
+    for block in rows.split(max(1, BLOCK // rows.shape[1])):
         block = block.double()
         sums = block.sum(-1)
         if not bool(((block >= 0).all(-1) & ((sums - 1).abs() <= TOLERANCE)).all()):

@@ -19,7 +19,7 @@ from fasttrain.objectives.objective import Objective, OneSided
 
 class FareConfig(Config):
     alpha: float = pydantic.Field(default=0.1, ge=0)
-    """Weight of the clean images' term; 0: none (FARE as published)."""
+    """Weight of the clean images' term; 0 (FARE as published): it is reported, and trains nothing."""
     against: Literal["distance", "cross_entropy"] = "distance"
     """What the attack raises: the embedding distance, or the cross-entropy of a linear classifier on the features."""
     batchnorm: Literal["eval", "train"] = "eval"

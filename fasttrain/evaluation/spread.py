@@ -1,0 +1,47 @@
+"""Mean and standard deviation of a figure over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Spread(NamedTuple):
+    """Of n values."""
+
+    mean: float
+    sd: float | None  # √(Σ (x − mean)² / (n − 1)); None of one value
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ± {self.sd:.2f}" if self.sd is not None else "")
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of at least one value."""
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def spreads(runs: Sequence[dict[str, Any]], *keys: str, of: str = "accuracy") -> dict[str, Any]:
+    """``{value of the first key: {value of the second: … Spread}}`` over the runs that share them, in their order."""
+    if not keys:
+        return spread([run[of] for run in runs])  # type: ignore[return-value]
+    first, *rest = keys
+    return {
+        value: spreads([run for run in runs if run[first] == value], *rest, of=of)
+        for value in dict.fromkeys(run[first] for run in runs)
+    }
+
+
+def grid(corner: str, rows: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
+    """Aligned lines of a table: a head of ``corner`` and the columns' ``names``, then each row, its own name first."""
+    table = [[corner, *names], *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return [
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in table)
+    ]
+
+
+__all__ = ["Spread", "grid", "spread", "spreads"]
