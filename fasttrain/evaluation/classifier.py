@@ -13,7 +13,6 @@ from fasttrain.config import Config, Where
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.evaluation import EvaluationData, Subject
 from fasttrain.evaluation.linear import LinearConfig, alone, fit_classifier
-from fasttrain.evaluation.parts import one_thread
 from fasttrain.evaluation.tasks import Classes, Task, task_of
 from fasttrain.export import PREFIX
 from fasttrain.models import Encoder
@@ -64,8 +63,7 @@ def classifier_of(subject: Subject, encoder: Encoder, data: EvaluationData, conf
     indices = data.choose("train", config.bank, task)
     features = data.all_features(encoder, "train", indices)
     features = features._replace(labels=task.relabelled(features.labels))
-    with one_thread():
-        found = fit_classifier(features, len(task.classes), config.linear, alone)
+    found = fit_classifier(features, len(task.classes), config.linear, alone)
     return Linear(found.weight, found.bias, task)
 
 
