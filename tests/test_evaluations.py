@@ -67,6 +67,12 @@ def test_runs_that_differ_in_their_seed_alone_are_one_method(tmp_path):
     assert [subject.method for subject in named] == ["a", "b", "b"]
 
 
+def test_runs_whose_folders_share_a_name_are_told_apart(tmp_path):
+    runs = [run_folder(tmp_path / name / "run", 0, temperature=t) for name, t in (("a", 1), ("b", 2))]
+    assert [s.name for s in subjects_of(comparison("curves", *runs))] == ["a/run", "b/run"]
+    assert [s.method for s in subjects_of(comparison("curves", *runs))] == ["a/run", "b/run"]
+
+
 def test_a_result_lies_beside_the_weights_or_in_the_folder_of_all(tmp_path):
     runs = [run_folder(tmp_path / "runs" / name, 0) for name in ("a", "b")]
     one, both = (comparison("curves", *sources) for sources in (runs[:1], runs))

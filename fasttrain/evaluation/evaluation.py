@@ -162,9 +162,9 @@ def subjects_of(config: SourceConfig) -> list[Subject]:
     names = getattr(config, "names", None)
     subjects: list[Subject] = []
     methods: dict[str, str] = {}
+    called = _names_of([Path(source).resolve() for source in config.sources])
     for position, source in enumerate(config.sources):
-        settings = inherited.settings_of(source)
-        own = Path(source).resolve().name if Path(source).is_dir() else Path(source).resolve().stem
+        settings, own = inherited.settings_of(source), called[position]
         if names is not None:
             method = names[position]
         elif settings:
@@ -179,6 +179,17 @@ def subjects_of(config: SourceConfig) -> list[Subject]:
         short = {m: s if s not in taken and list(short.values()).count(s) == 1 else m for m, s in short.items()}
         subjects = [replace(subject, method=short.get(subject.method, subject.method)) for subject in subjects]
     return subjects
+
+
+def _names_of(paths: Sequence[Path]) -> list[str]:
+    """Of each its own name, a file's without what it ends in, and as many folders before it as tell it from others."""
+    names = [str(path if path.is_dir() else path.with_suffix("")).split("/") for path in paths]
+    depths = [1] * len(names)
+    for i, name in enumerate(names):
+        others = [other for j, other in enumerate(names) if j != i and other != name]
+        while depths[i] < len(name) and any(other[-depths[i] :] == name[-depths[i] :] for other in others):
+            depths[i] += 1
+    return ["/".join(name[-depth:]) for name, depth in zip(names, depths, strict=True)]
 
 
 def _without_seed(settings: dict[str, dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from fasttrain.data.loader import LoaderConfig
 from fasttrain.distributed import all_reduce
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.attacked import Targets, not_finite, outcomes
+from fasttrain.evaluation.classifier import ClassifierConfig, classifier_of
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject
 from fasttrain.evaluation.images import chunks, evaluation_batches, thin
 from fasttrain.evaluation.linear import ProbedConfig
