@@ -183,10 +183,10 @@ def test_half_are_misclassified_between_two_sizes_or_beyond():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"attacks": ()}, "attacks"),
+        ({"attacks": ()}, r"attacks=\[\]: give one or several"),
         ({"attacks": ("fgsm", "pgd", "fgsm")}, "fgsm.*give each once"),
         ({"attacks": ("cw",)}, "'fgsm', 'pgd', 'apgd' or 'plb'"),
-        ({"eps_255": ()}, "eps_255"),
+        ({"eps_255": ()}, r"eps_255=\[\]: give sizes from 0 on"),
         ({"eps_255": (-1, 2)}, r"eps_255=\[-1, 2\]: give sizes from 0 on, each once, in growing order"),
         ({"eps_255": (4, 2)}, "in growing order"),
         ({"eps_255": (2, 2)}, "each once"),

@@ -58,8 +58,8 @@ def plb(config: PLBConfig) -> Attack:
     and an x that has not succeeded goes back towards the last one that had. Returned is each image's successful iterate
     of the smallest norm; the image itself where ℓ was positive there, or where none was found.
 
-    μ is ``shrink`` or 1/50 of the change, h ``step_size`` and λ ``barrier``, decayed. The norms found hardly depend on them: on a small
-    network they stay within 2 % for shrink 0.1 to 3, and 300 steps come within 0.5 % of 900.
+    μ is ``shrink`` or 1/50 of the change, h ``step_size`` and λ ``barrier``, decayed. The norms found hardly depend on
+    them: on a small network they stay within 2 % for shrink 0.1 to 3, and 300 steps come within 0.5 % of 900.
 
     The first success is looked for up the loss, in steps that grow to the pixel range, for `ASCENT` evaluations (half
     of all, growing faster, if that is less). Where that finds none, since the gradient is 0 or leads round in circles,
