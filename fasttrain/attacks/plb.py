@@ -37,7 +37,7 @@ class PLBSteps(Config):
     inner: int = pydantic.Field(default=10, ge=1)
     """Steps between two decays of the barrier; a thirtieth of all steps suits."""
     shrink: float = pydantic.Field(default=1.0, gt=0)
-    """What a step takes off the change, in its L1 norm (linf; 50 suits 224-pixel images) or its L2 norm (l2)."""
+    """What a step takes off the change at least, in its L1 norm (linf) or its L2 norm (l2); or 1/50 of it, if more."""
     backtrack: float = pydantic.Field(default=0.05, gt=0, lt=1)
     """Share of a move that is kept, time after time, while the image it leads to is not misclassified."""
 
@@ -58,15 +58,15 @@ def plb(config: PLBConfig) -> Attack:
     and an x that has not succeeded goes back towards the last one that had. Returned is each image's successful iterate
     of the smallest norm; the image itself where ℓ was positive there, or where none was found.
 
-    μ is ``shrink``, h ``step_size`` and λ ``barrier``, decayed. The norms found hardly depend on them: on a small
-    network they stay within 2 % for shrink 0.1 to 3, and 300 steps come within 0.5 % of 900.
+    μ is ``shrink`` or 1/50 of the change, h ``step_size`` and λ ``barrier``, decayed. The norms found hardly depend on
+    them: on a small network they stay within 2 % for shrink 0.1 to 3, and 300 steps come within 0.5 % of 900.
 
     The first success is looked for up the loss, in steps that grow to the pixel range, for `ASCENT` evaluations (half
     of all, growing faster, if that is less). Where that finds none, since the gradient is 0 or leads round in circles,
     it is looked for to the last evaluation at, and one step up the loss from, images of growing change: towards black,
     white, the colours between, coarse and fine noise, which is a function of ``keys``. So an image is passed over only
     if all of these are classified as it is. A success that late may lie far off: `HALVINGS` bisections towards the
-    image follow, and from wherever it is a step takes off at least a fiftieth of the change.
+    image follow, and μ makes the way back geometric.
 
     The authors' code differs in three points. Its proximal operator of the L∞ norm projects onto the L1 *sphere*, which
     is wrong inside the ball; here it is the true one. It backtracks until every image of the batch has succeeded;
@@ -127,7 +127,7 @@ def _pattern(number: int, images: Tensor, keys: Tensor) -> Tensor:
     if number % 2 == 0:
         pattern = torch.empty_like(images)
         for channel, plane in enumerate(pattern.unbind(1)):
-            plane.fill_(_COLOURS[turn % 8] >> channel % 3 & 1)
+            plane.fill_((_COLOURS[turn % 8] >> channel % 3) & 1)
         return pattern
     cells = (1, 2, 4, 8, max(images.shape[2:]))[turn % 5]
     height, width = (min(cells, side) for side in images.shape[2:])

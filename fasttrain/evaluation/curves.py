@@ -46,11 +46,11 @@ class CurvesEvaluation(ComparisonConfig):
     """Share of images misclassified, against the size of the change that an attacker may make."""
 
     classifier: ClassifierConfig = ClassifierConfig()
-    attacks: tuple[Name, ...] = Field(("fgsm", "pgd", "plb"), min_length=1)
+    attacks: tuple[Name, ...] = ("fgsm", "pgd", "plb")
     "fgsm, pgd, apgd (each size its own attack) and plb (each image's smallest change), one or several"
     norm: Norm = "linf"
     "norm of the change: linf or l2"
-    eps_255: tuple[float, ...] | None = Field(None, min_length=1)
+    eps_255: tuple[float, ...] | None = None
     "sizes in 1/255 of the pixel range, growing, for either norm; null: 1 to 15 (linf), 0.1 to 1.5 times 255 (l2)"
     steps: int = Field(20, ge=1)
     "steps of pgd and apgd"
@@ -94,6 +94,8 @@ class CurvesEvaluation(ComparisonConfig):
     @pydantic.field_validator("attacks")
     @classmethod
     def _each_once(cls, attacks: tuple[Name, ...]) -> tuple[Name, ...]:
+        if not attacks:
+            raise ValueError("attacks=[]: give one or several of fgsm, pgd, apgd, plb")
         if len(set(attacks)) < len(attacks):
             raise ValueError(f"attacks=[{', '.join(attacks)}]: give each once")
         return attacks
@@ -102,7 +104,7 @@ class CurvesEvaluation(ComparisonConfig):
     def _sizes_grow(self) -> CurvesEvaluation:
         sizes = self.radii_255
         shown = f"eps_255=[{', '.join(f'{size:g}' for size in sizes)}]"
-        if sizes[0] < 0 or any(after <= before for before, after in pairwise(sizes)):
+        if not sizes or sizes[0] < 0 or any(after <= before for before, after in pairwise(sizes)):
             raise ValueError(f"{shown}: give sizes from 0 on, each once, in growing order")
         if self.norm == "linf" and sizes[-1] > 255:
             raise ValueError(f"{shown}: an linf size is at most 255, the whole pixel range")
