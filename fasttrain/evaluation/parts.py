@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fasttrain import distributed
+from fasttrain import __version__, distributed
 from fasttrain.errors import UsageError, explained
 from fasttrain.evaluation.watching import watching
 from fasttrain.run import replace_file
@@ -208,8 +208,8 @@ class Queue:
 
 
 def key_of(point: Point) -> str:
-    """A name for a point: a hash of what it says."""
-    text = json.dumps(point, sort_keys=True)
+    """A name for a point: a hash of what it says, and of the version that works on it."""
+    text = json.dumps([__version__, point], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
