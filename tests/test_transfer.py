@@ -31,7 +31,7 @@ from fasttrain.evaluation.finetuning import (
     train_network,
 )
 from fasttrain.evaluation.parts import Parts
-from fasttrain.evaluation.spread import Spread, grid, spread, spreads
+from fasttrain.evaluation.spread import Spread, aligned, spread, spreads
 from fasttrain.evaluation.tasks import Task, tasks_of
 from fasttrain.evaluation.trajectories import FILE, read_trajectories
 from fasttrain.export import export
@@ -186,7 +186,7 @@ def test_spreads_are_means_and_sample_deviations():
         "x": {1: Spread(2.0, math.sqrt(2), 2), 2: Spread(5.0, None, 1)},
         "y": {1: Spread(2.0, None, 1)},
     }
-    assert grid("%", [["one", "1.0"]], ["long name"]) == ["%    long name", "one        1.0"]
+    assert aligned([["%", "long name"], ["one", "1.0"]]) == ["%    long name", "one        1.0"]
 
 
 # ---------------------------------------------------------------- tasks

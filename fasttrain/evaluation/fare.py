@@ -23,7 +23,6 @@ from fasttrain.evaluation.logged import (
     Lines,
     Reached,
     Series,
-    aligned,
     by_method,
     called,
     check_one_data_set,
@@ -38,6 +37,7 @@ from fasttrain.evaluation.logged import (
     spread,
 )
 from fasttrain.evaluation.parts import Parts
+from fasttrain.evaluation.spread import aligned
 from fasttrain.figures import panels, style
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ from fasttrain.evaluation.finetuning import (
 )
 from fasttrain.evaluation.linear import LinearConfig, alone, fit_classifier, held_out
 from fasttrain.evaluation.parts import Found, Parts, Point, one_thread
-from fasttrain.evaluation.spread import Spread, grid, spreads
+from fasttrain.evaluation.spread import Spread, aligned, spreads
 from fasttrain.evaluation.tasks import task_of
 from fasttrain.evaluation.transfer import supervised
 from fasttrain.figures import panels, style
@@ -297,7 +297,7 @@ def lines(found: Labels) -> list[str]:
             cells = [str(by_share[share][way]) if way in by_share[share] else "–" for way in ways]
             rows.append([f"{method}, {100 * float(share):g} % of the labels", *cells])
     counts = [f"{way} {'/'.join(map(str, sorted(ns)))}" for way, ns in _counts(found, ways).items()]
-    table = [*grid("accuracy in %, mean ± sd", rows, ways), f"n of each: {', '.join(counts)}", *found.notes]
+    table = [*aligned([["accuracy in %, mean ± sd", *ways], *rows]), f"n of each: {', '.join(counts)}", *found.notes]
     return table + [f"{found.images[share]:,} images of share {share}: {place}" for share, place in found.files.items()]
 
 

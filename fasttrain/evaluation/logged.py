@@ -182,12 +182,6 @@ def epochs_of(steps: Tensor, lines: Lines) -> Tensor:
     return steps.double() / max(1, round(step / epoch))
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table's lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-
-
 def draw(axis: Axes, x: Tensor, of: Curve, look: Style, scale: float = 1.0, **options: Any) -> None:
     """A line, with a band of a standard deviation to either side where there are seeds."""
     mean, sd = scale * of.mean, scale * of.sd
@@ -251,7 +245,6 @@ __all__ = [
     "Lines",
     "Reached",
     "Series",
-    "aligned",
     "by_method",
     "called",
     "check_one_data_set",

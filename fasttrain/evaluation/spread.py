@@ -34,14 +34,10 @@ def spreads(runs: Sequence[dict[str, Any]], *keys: str, of: str = "accuracy") ->
     }
 
 
-def grid(corner: str, rows: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
-    """Aligned lines of a table: a head of ``corner`` and the columns' ``names``, then each row, its own name first."""
-    table = [[corner, *names], *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in table)
-    ]
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
-__all__ = ["Spread", "grid", "spread", "spreads"]
+__all__ = ["Spread", "aligned", "spread", "spreads"]

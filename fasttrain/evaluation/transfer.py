@@ -35,7 +35,7 @@ from fasttrain.evaluation.finetuning import (
     train_network,
 )
 from fasttrain.evaluation.parts import Found, Parts, Point
-from fasttrain.evaluation.spread import Spread, grid, spreads
+from fasttrain.evaluation.spread import Spread, aligned, spreads
 from fasttrain.evaluation.tasks import Task, Tasks, tasks_of
 from fasttrain.evaluation.trajectories import FILE, Trajectory, write_trajectories
 from fasttrain.figures import panels, style
@@ -281,7 +281,7 @@ def lines(found: Transfer) -> list[str]:
     methods, tasks = list(found.accuracy), list(found.chance)
     rows = [[task, *(str(found.accuracy[method][task]) for method in methods)] for task in tasks]
     counts = {method: next(iter(by.values())).n for method, by in found.accuracy.items()}
-    table = grid("accuracy in %, mean ± sd", rows, methods)
+    table = aligned([["accuracy in %, mean ± sd", *methods], *rows])
     table += [f"{method}: n = {counts[method]}, lr {found.lr[method]}" for method in methods]
     files = [f"{x['trajectories']} trajectories, {x['bytes']:,} bytes: {x['path']}" for x in found.trajectories]
     return table + files

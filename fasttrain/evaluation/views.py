@@ -25,7 +25,6 @@ from fasttrain.evaluation.logged import (
     Lines,
     Reached,
     Series,
-    aligned,
     by_method,
     called,
     check_one_data_set,
@@ -39,6 +38,7 @@ from fasttrain.evaluation.logged import (
     spread,
 )
 from fasttrain.evaluation.parts import Parts
+from fasttrain.evaluation.spread import aligned
 from fasttrain.figures import DASHES, MARKERS, Style, panels, style
 from fasttrain.models import Encoder, ModelConfig
 from fasttrain.objectives import build_objective
