@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -300,3 +301,16 @@ def test_weights_that_give_no_finite_scores_end_with_a_line(encoders, images, tm
     with pytest.raises(UsageError, match="the scores of 12 of 12 validation images are not finite"):
         curves_of(encoders[:1], images, tmp_path / "o.json", *SMALL[:-1], "attacks=[fgsm]")
     assert not (tmp_path / "o.json").exists()
+
+
+def test_the_classifier_is_kept_and_not_fitted_again(encoders, images, tmp_path, monkeypatch):
+    """On a GPU another fit has other bits, and what was found with the first would not be found again."""
+    first = curves_of(
+        encoders[:1], images, tmp_path / "o.json", "attacks=[fgsm]", "eps_255=[4]", "classifier.linear.l2=[0.1]"
+    )
+    module = importlib.import_module("fasttrain.evaluation.classifier")
+    monkeypatch.setattr(module, "fit_classifier", None)
+    again = curves_of(
+        encoders[:1], images, tmp_path / "o.json", "attacks=[fgsm]", "eps_255=[4,8]", "classifier.linear.l2=[0.1]"
+    )
+    assert again["encoders"][0]["curves"][0]["misclassified"][:2] == first["encoders"][0]["curves"][0]["misclassified"]

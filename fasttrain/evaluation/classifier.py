@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from fasttrain import checkpoint, distributed
 from fasttrain.config import Config, Where
+from fasttrain.distributed import all_reduce
 from fasttrain.errors import UsageError
-from fasttrain.evaluation.evaluation import EvaluationData, Subject
-from fasttrain.evaluation.linear import LinearConfig, alone, fit_classifier
+from fasttrain.evaluation.evaluation import EvaluationData, Subject, fingerprint
+from fasttrain.evaluation.linear import Classifier, LinearConfig, alone, fit_classifier
+from fasttrain.evaluation.parts import Parts
 from fasttrain.evaluation.tasks import Classes, Task, task_of
 from fasttrain.export import PREFIX
 from fasttrain.models import Encoder
@@ -43,10 +46,14 @@ class Linear(NamedTuple):
         return F.linear(features, self.weight, self.bias)
 
 
-def classifier_of(subject: Subject, encoder: Encoder, data: EvaluationData, config: ClassifierConfig) -> Linear:
+def classifier_of(
+    subject: Subject, encoder: Encoder, data: EvaluationData, config: ClassifierConfig, parts: Parts
+) -> Linear:
     """The classifier that ``config`` asks for, the same on every rank; all together.
 
-    For any number of ranks it is the same bits, but where features are too many for each rank to hold all of them.
+    For any number of ranks it is the same bits, but where features are too many for each rank to hold all of them. It
+    is kept as a part: another fit on a GPU, whose algorithms are chosen anew, would make other points of all that
+    follows from it.
 
     Raises:
         UsageError: kind=own of what was trained without a classifier, or with one of other classes.
@@ -61,10 +68,22 @@ def classifier_of(subject: Subject, encoder: Encoder, data: EvaluationData, conf
         return Linear(weight.to(data.device), bias.to(data.device), task_of(None, data.train))
     task = distributed.agree(lambda: task_of(config.classes, data.train))
     indices = data.choose("train", config.bank, task)
-    features = data.all_features(encoder, "train", indices)
-    features = features._replace(labels=task.relabelled(features.labels))
-    found = fit_classifier(features, len(task.classes), config.linear, alone)
-    return Linear(found.weight, found.bias, task)
+    point = data.seen | {
+        "classifier": config.kind,
+        "weights": fingerprint(encoder),
+        "classes": list(task.classes),
+        "images": len(indices),
+        "linear": config.linear.model_dump(mode="json"),
+    }
+    fitted = _fit(encoder, data, indices, task, config.linear) if parts.missing([point]) else None
+    (kept,) = parts.run("classifier", [point], lambda _: {"weight": fitted.weight, "bias": fitted.bias})
+    return Linear(kept["weight"].to(data.device), kept["bias"].to(data.device), task)
+
+
+def _fit(encoder: Encoder, data: EvaluationData, indices: np.ndarray, task: Task, config: LinearConfig) -> Classifier:
+    splits, shared = data.features(encoder, train=indices)
+    features = splits["train"]._replace(labels=task.relabelled(splits["train"].labels))
+    return fit_classifier(features, len(task.classes), config, all_reduce if shared else alone)
 
 
 def _own(subject: Subject) -> tuple[Tensor, Tensor]:

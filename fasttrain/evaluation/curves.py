@@ -163,7 +163,7 @@ def evaluate(subjects: Sequence[Subject], data: EvaluationData, config: CurvesEv
     targets: list = []
     for subject in subjects:
         encoder = subject.load(data.device)
-        targets.append((encoder, classifier_of(subject, encoder, data, config.classifier)))
+        targets.append((encoder, classifier_of(subject, encoder, data, config.classifier, parts)))
     task = targets[0][1].task
     indices = data.choose("val", config.images, task)
     if not len(indices):

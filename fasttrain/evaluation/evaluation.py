@@ -33,7 +33,7 @@ from fasttrain.evaluation.tasks import Task
 from fasttrain.evaluation.watching import watched
 from fasttrain.export import load_encoder
 from fasttrain.models import Encoder, ModelConfig
-from fasttrain.precision import Precision
+from fasttrain.precision import Precision, decide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,6 +252,20 @@ class EvaluationData:
         return {
             split: {"where": str(self.of(split).root), "images": count, "fingerprint": self.of(split).fingerprint}
             for split, count in self.used.items()
+        }
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What features depend on but for weights and which images, for :data:`~fasttrain.evaluation.parts.Point`."""
+        config = self.config
+        return {
+            "train": self.train.fingerprint,
+            "val": self.val.fingerprint,
+            "size": config.augment.size,
+            "eval_crop": config.augment.eval_crop,
+            "batch": config.batch,
+            "precision": decide(config.precision, self.device),
+            "loader": config.loader.kind,
         }
 
     @property

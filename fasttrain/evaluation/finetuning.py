@@ -37,7 +37,6 @@ from fasttrain.evaluation.parts import one_thread
 from fasttrain.evaluation.tasks import Task
 from fasttrain.models import BatchNorm1d, BatchNorm2d, Encoder
 from fasttrain.optim import schedule
-from fasttrain.precision import decide
 from fasttrain.stop import heed
 
 Head = Literal["linear", "mlp"]
@@ -271,20 +270,6 @@ def network_logits(network: Network, data: EvaluationData, indices: np.ndarray, 
     return Features(*(torch.cat(members) for members in zip(*found, strict=True)))
 
 
-def as_seen(data: EvaluationData) -> dict[str, Any]:
-    """What features depend on but for weights and images, for :data:`~fasttrain.evaluation.parts.Point`."""
-    config = data.config
-    return {
-        "train": data.train.fingerprint,
-        "val": data.val.fingerprint,
-        "size": config.augment.size,
-        "eval_crop": config.augment.eval_crop,
-        "batch": config.batch,
-        "precision": decide(config.precision, data.device),
-        "loader": config.loader.kind,
-    }
-
-
 def _groups(module: nn.Module, peak: float, weight_decay: float) -> list[dict[str, Any]]:
     parameters = list(module.parameters())
     parts = [([p for p in parameters if p.ndim > 1], weight_decay), ([p for p in parameters if p.ndim <= 1], 0.0)]
@@ -305,7 +290,6 @@ __all__ = [
     "RandomCropConfig",
     "Recipe",
     "TrainingConfig",
-    "as_seen",
     "drawn_batches",
     "linear_head",
     "mlp_head",

@@ -38,7 +38,6 @@ from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.finetuning import (
     Head,
     TrainingConfig,
-    as_seen,
     linear_head,
     mlp_head,
     network_logits,
@@ -151,7 +150,7 @@ def evaluate(subjects: Sequence[Subject], data: EvaluationData, config: LabelsEv
     runs, notes = [], []
     for subject in subjects:
         encoder = subject.load(data.device)
-        own = _own(subject, encoder, data, notes)
+        own = _own(subject, encoder, data, notes, parts)
         found = _train_all(subject.name, encoder, own, subsets, validation, data, config, parts)
         of_subject = {"source": subject.source, "name": subject.name, "method": subject.method}
         runs += [of_subject | run for run in found]
@@ -176,7 +175,7 @@ def _train_all(
 ) -> list[dict[str, Any]]:
     """All classifiers on one encoder, those that take long first."""
     task, recipe = task_of(None, data.train), config.recipe(config.lr, whole=True)
-    shared = {"weights": fingerprint(encoder)} | as_seen(data)
+    shared = {"weights": fingerprint(encoder)} | data.seen
     tuned: list[Point] = []
     for share in sorted(subsets, reverse=True):
         for head in config.heads:
@@ -231,7 +230,9 @@ def _module(classifier: Linear) -> nn.Module:
     return nn.ParameterDict({"weight": classifier.weight, "bias": classifier.bias})
 
 
-def _own(subject: Subject, encoder: Encoder, data: EvaluationData, notes: list[str]) -> tuple[float, Linear] | None:
+def _own(
+    subject: Subject, encoder: Encoder, data: EvaluationData, notes: list[str], parts: Parts
+) -> tuple[float, Linear] | None:
     """Of a supervised run on this data: the share it was trained on, and its classifier."""
     if not supervised(subject):
         return None
@@ -239,7 +240,7 @@ def _own(subject: Subject, encoder: Encoder, data: EvaluationData, notes: list[s
     if _real(theirs.get("root")) != _real(data.config.data.root):
         notes.append(f"'{subject.source}' was trained on other data: its own classifier is left out")
         return None
-    return float(theirs.get("share", 1.0)), classifier_of(subject, encoder, data, ClassifierConfig(kind="own"))
+    return float(theirs.get("share", 1.0)), classifier_of(subject, encoder, data, ClassifierConfig(kind="own"), parts)
 
 
 def _real(root: str | None) -> str | None:

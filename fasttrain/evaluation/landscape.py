@@ -263,7 +263,7 @@ def evaluate(
     networks = []
     for subject in subjects:
         encoder = subject.load(data.device)
-        classifier = classifier_of(subject, encoder, data, config.classifier)
+        classifier = classifier_of(subject, encoder, data, config.classifier, parts)
         networks.append(Network(encoder, classifier, data.autocast).eval())
     keys = [fingerprint(network) for network in networks]
     bench = distributed.agree(lambda: Bench(dict(zip(keys, networks, strict=True)), classifier.task, data, config))

@@ -41,7 +41,7 @@ Found = dict[str, Any]
 
 
 class Parts:
-    """What is kept of an evaluation's parts: a folder of ``<host>-<process>.jsonl`` and ``<point>.safetensors``.
+    """What is kept of an evaluation's parts: a folder of ``<host>-<process>-<time>.jsonl`` and ``<point>.safetensors``.
 
     Args:
         folder: made when something is kept; None: nothing is.
@@ -51,6 +51,7 @@ class Parts:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self._lines = f"{os.uname().nodename}-{os.getpid()}-{time.time_ns()}.jsonl"  # a pid may come again
 
     def run(self, what: str, points: Sequence[Point], work: Callable[[Point], Found]) -> list[Found]:
         """``[work(point), …]`` on every rank, what was found before taken from the folder; all ranks together.
@@ -130,7 +131,7 @@ class Parts:
             self.folder.mkdir(parents=True, exist_ok=True)
             if tensors:
                 replace_file(self.folder / f"{key}.safetensors", _saved(tensors))
-            with (self.folder / f"{os.uname().nodename}-{os.getpid()}.jsonl").open("a") as file:
+            with (self.folder / self._lines).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UsageError(

@@ -68,7 +68,7 @@ def evaluate(
     """
     encoder = subjects[0].load(data.device)
     probe = ClassifierConfig(bank=config.bank, linear=config.linear)
-    targets = Targets(data, [(encoder, classifier_of(subjects[0], encoder, data, probe))])
+    targets = Targets(data, [(encoder, classifier_of(subjects[0], encoder, data, probe, parts))])
     indices = data.choose("val", config.robust.images)
     settings, attack = config.robust.attack.model_dump(), make_attack(config.robust.attack)
     points = [targets.point(0, chunk, data.autocast, attack=settings) for chunk in chunks(indices, config.batch)]

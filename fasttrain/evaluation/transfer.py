@@ -28,7 +28,6 @@ from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.finetuning import (
     Network,
     TrainingConfig,
-    as_seen,
     linear_head,
     network_logits,
     train_classifier,
@@ -150,7 +149,7 @@ def _train_all(
     encoder = subject.load(data.device)
     recipe = config.recipe(lr, whole=config.backbone == "trained")
     shared = {"weights": fingerprint(encoder), "backbone": config.backbone, "recipe": recipe._asdict()}
-    shared |= as_seen(data) | {"store": config.store}
+    shared |= data.seen | {"store": config.store}
     if config.backbone == "trained":
         shared["crop"] = config.crop.model_dump(mode="json")
     points = [shared | {"task": list(task.classes), "seed": seed} for task in tasks for seed in config.seeds]
