@@ -1,4 +1,4 @@
-"""Evaluation: functions from features to accuracies, the same on every rank."""
+"""Evaluations: what encoders are shown to be, each a function to a named result, the same on every rank."""
 
 from fasttrain.evaluation.features import Features, evaluation_mode, extract
 from fasttrain.evaluation.knn import KNNAccuracy, KNNConfig, knn
