@@ -30,10 +30,12 @@ from fasttrain.evaluation.landscape import (
     LandscapeResult,
     Network,
     Rise,
+    labels,
+)
+from fasttrain.evaluation.loss_plane import (
     axis_of,
     filter_normalised,
     filter_scales,
-    labels,
     loss_plane,
     moved,
     random_directions,
