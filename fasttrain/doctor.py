@@ -10,7 +10,6 @@ import platform
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from fasttrain.data.augment import AugmentConfig, CentreCrop
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
+from fasttrain.environment import dali_package, driver
 from fasttrain.errors import UsageError
 from fasttrain.optim import APEX_INSTALL, OptimizerConfig, require_apex
 from fasttrain.printable import printable
@@ -119,22 +119,6 @@ def versions() -> dict[str, str]:
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         found["driver"] = driver() or "unknown"
     return {name: version for name, version in found.items() if version}
-
-
-def dali_package() -> str | None:
-    """``nvidia-dali-cuda120`` or however it is called here."""
-    names = (distribution.metadata["Name"] or "" for distribution in metadata.distributions())
-    return next((name for name in names if name.lower().startswith("nvidia-dali-cuda")), None)
-
-
-def driver() -> str | None:
-    """The NVIDIA driver's version, by ``nvidia-smi``."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
 
 
 def same_versions() -> Finding:

@@ -4,6 +4,7 @@
 
     <run.dir>/
       config.yaml         the resolved configuration of the last start
+      environment.json    each start: command, step, machine, hosts, versions, code; when it was done
       lock                held while a run lives
       checkpoints/        step-00000500/ ..., latest
       metrics.jsonl       one JSON object a line: a training report or an evaluation, each with its step
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from fasttrain import distributed
 from fasttrain.config import Config, PathText, to_yaml
+from fasttrain.environment import environment, now
 from fasttrain.errors import UsageError
 from fasttrain.watchdog import Watchdog
 
@@ -44,7 +46,15 @@ if TYPE_CHECKING:
     from fasttrain.data.damage import BadImages
 
 
-FILES = ("config.yaml", "metrics.jsonl", "bad_images.txt", "curves.png", "encoder.safetensors", "encoder.json")
+FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "bad_images.txt",
+    "curves.png",
+    "encoder.safetensors",
+    "encoder.json",
+)
 
 
 class RunConfig(Config):
@@ -103,6 +113,7 @@ class Run:
         self.checkpoints = self.dir / "checkpoints"
         self._lock = self._metrics = self._tensorboard = self._bar = None
         self._silent, self._bad_images, self._bad_before = False, 0, b""
+        self._environment: dict[str, Any] = {}
         distributed.on_rank_zero(self._hold)
         self.watchdog = Watchdog(config.heartbeat_timeout, config.hang_timeout)
 
@@ -147,13 +158,14 @@ class Run:
             UsageError: the folder cannot be written; on all ranks.
         """
         self.watchdog.step = start
-        distributed.on_rank_zero(lambda: self._open(config, start, total))
+        found = {**environment(), "step": start, "done": None}
+        distributed.on_rank_zero(lambda: self._open(config, found, start, total))
 
-    def _open(self, config: Config, start: int, total: int) -> None:
+    def _open(self, config: Config, found: dict[str, Any], start: int, total: int) -> None:
         self._started, self._first = time.monotonic(), start
         self._total = total
         try:
-            self._begin(config)
+            self._begin(config, found)
             self._open_metrics()
             self._open_tensorboard()
         except OSError as error:
@@ -165,7 +177,7 @@ class Run:
         terminal = sys.stderr.isatty()
         self._bar = tqdm(initial=start, total=total, unit="step", disable=not terminal, dynamic_ncols=True)
 
-    def _begin(self, config: Config) -> None:
+    def _begin(self, config: Config, found: dict[str, Any]) -> None:
         """Put the folder in order: what was reported up to the step of the start stays."""
         for path in [self.dir / name for name in FILES]:
             if os.path.lexists(path) and not path.is_file():
@@ -179,11 +191,33 @@ class Run:
             stay = f"; its other {len(lines):,} lines stay" if start else ""
             self._set_aside(metrics, f"has {len(complaints):,} lines that cannot be read ({complaints[0]}){stay}")
         replace_file(self.dir / "config.yaml", to_yaml(config))
+        self._note(found if start else found | {"earlier": []})
         replace_file(metrics, "".join(_line(line) for line in lines if line["step"] <= start) if start else "")
         if start:
             self._bad_before = bad.read_bytes() if bad.exists() else b""
         else:
             bad.unlink(missing_ok=True)
+
+    def _note(self, found: dict[str, Any]) -> None:
+        """A start's ``environment.json``, which keeps those of the ``earlier`` ones that it goes on from."""
+        path = self.dir / "environment.json"
+        if "earlier" not in found:
+            try:
+                before = json.loads(path.read_text()) if path.exists() else {"earlier": []}
+                earlier = before.pop("earlier") + ([before] if before else [])
+            except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+                self._set_aside(path, "cannot be read")
+                earlier = []
+            found = found | {"earlier": earlier}
+        self._environment = found
+        replace_file(path, json.dumps(found, indent=1) + "\n")
+
+    def done(self) -> None:
+        """All is there that the run was for: say so, and when, in ``environment.json``."""
+        try:
+            self._note(self._environment | {"done": now()})
+        except OSError as error:
+            self._unwritten("that the run is done", error)
 
     def _open_metrics(self) -> None:
         if self._metrics is None:

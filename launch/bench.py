@@ -33,7 +33,7 @@ from fasttrain.benchmarks.attack import AttackBenchConfig, compare_attacks
 from fasttrain.benchmarks.gpu import GpuBenchConfig, run_parts
 from fasttrain.benchmarks.kernels import KernelBenchConfig, compare_kernels
 from fasttrain.benchmarks.loader import LoaderBenchConfig, compare_loaders
-from fasttrain.benchmarks.machine import hardware, versions
+from fasttrain.environment import hardware, versions
 from fasttrain.benchmarks.record import Record
 from fasttrain.benchmarks.step import StepBenchConfig, compare_steps
 from fasttrain.benchmarks.timing import Report

@@ -16,7 +16,6 @@ that are not finite are an error, which says whose doing it is.
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fasttrain import cli, distributed, inherited
-from fasttrain.benchmarks.machine import hardware, versions
+from fasttrain.environment import command, hardware, now, versions
 from fasttrain.benchmarks.record import plain
 from fasttrain.evaluation.evaluation import (
     Evaluation,
@@ -88,17 +87,20 @@ def report(
     values, arrays = split_arrays(found)
     table = {
         "task": config.task,
+        "about": evaluation.about,
         "source": config.source,
         **data.facts(),
         **values,
+        "lines": evaluation.lines(found),
+        "command": command(),
         "seconds": seconds,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": hardware(),
         "ranks": distributed.world_size(),
         "versions": versions(),
         "settings": config.model_dump(mode="json"),
     }
-    for line in evaluation.lines(found):
+    for line in table["lines"]:
         print(line, flush=True)
     if arrays:
         place = output.with_suffix(".safetensors")

@@ -148,6 +148,7 @@ def finetune(config: FinetuneConfig) -> int:
             weights = export.export(encoder, run.dir, *form, step=parts.plan.steps, finetuned_from=config.source)
             print(printable(f"{'weights':20s}{weights}"))
             print(printable(f"{'picture':20s}{plots.curves(run.dir, PANELS)}"))
+            run.done()
     return 0
 
 

@@ -89,6 +89,7 @@ def pretrain(config: PretrainConfig) -> int:
             weights = export.export(parts.module.encoder, run.dir, *form, step=parts.plan.steps)
             print(printable(f"{'weights':20s}{weights}"))
             print(printable(f"{'picture':20s}{plots.curves(run.dir)}"))
+            run.done()
     return 0
 
 

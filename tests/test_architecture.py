@@ -20,6 +20,7 @@ LAYERS = [
     {"arguments"},
     {"config"},
     {"distributed"},
+    {"environment"},
     {"data", "models", "run", "stop", "watchdog"},
     {"objectives", "attacks", "optim", "output", "weights"},
     {"views"},

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.attacks import apgd
 from fasttrain.attacks.losses import squared_distance
-from fasttrain.benchmarks import attack, gpu, kernels, machine, record, step, train, truth
+from fasttrain.benchmarks import attack, gpu, kernels, record, step, train, truth
 from fasttrain.benchmarks.attack import THREAT, no_lower, published_apgd
 from fasttrain.benchmarks.cases import OURS, PYTORCH, Case, contrastive, layers
 from fasttrain.benchmarks.ceilings import COPY, PRODUCT, Work, ceilings
@@ -541,12 +541,3 @@ def test_every_part_of_the_command_is_one_that_runs(tmp_path):
                     config = load(module.schema_of(command[2]), command[2:], module.base, ("task",))
                     assert any(config.output == f"{tmp_path / result}.json" for result in part.results)
     assert all((ROOT / place).exists() for place in gpu.CHOSEN)
-
-
-def test_versions_name_dali_whatever_cuda_it_is_for(monkeypatch):
-    monkeypatch.setattr(machine, "dali_package", lambda: "nvidia-dali-cuda130")
-    known = machine.metadata.version
-    monkeypatch.setattr(machine.metadata, "version", lambda n: "2.4.0" if n.startswith("nvidia-dali") else known(n))
-    assert machine.versions()["DALI"] == "2.4.0 (nvidia-dali-cuda130)"
-    monkeypatch.setattr(machine, "dali_package", lambda: None)
-    assert "DALI" not in machine.versions()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fasttrain.benchmarks.machine import hardware
+from fasttrain.environment import hardware
 from tests.faults import scenarios
 from tests.faults.scenarios import Row
 

@@ -9,8 +9,8 @@ from importlib import import_module
 
 import torch
 
-from fasttrain.benchmarks.machine import hardware, versions
 from fasttrain.benchmarks.truth.row import Row
+from fasttrain.environment import hardware, versions
 
 NEEDED = ("numpy", "numba", "pydantic", "safetensors", "deepspeed", "fasttrain.engine", "fasttrain_kernels.batchnorm")
 OPTIONAL = ("triton", "nvidia.dali", "ffcv", "pytest", "xdist", "matplotlib")
