@@ -28,6 +28,7 @@ LAYERS = [
     {"gradient_cache", "checkpoint"},
     {"nonfinite", "cuda_graph"},
     {"export", "inherited"},
+    {"report"},
     {"engine", "evaluation", "plots", "cli", "benchmarks", "doctor"},
 ]
 "A part may import its own layer's data and models, and any layer before it."

@@ -1,0 +1,188 @@
+"""The table of runs: how their settings differ, what they reached, how far and how fast they went."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from fasttrain.printable import printable
+from fasttrain.report.collect import Found, RunFound
+
+ACCURACIES = {"knn_top1": "kNN %", "clean_top1": "clean %", "robust_top1": "robust %"}
+SETTINGS = 8
+"Columns of settings that are shown at once; the others by a click."
+NOT_TOLD = ("run.dir",)
+"Settings that differ between any two runs and say nothing."
+
+
+class Cell(NamedTuple):
+    """A value as it is shown and as it sorts; None: it is missing, and sorts last."""
+
+    text: str = ""
+    order: float | str | None = None
+
+
+MISSING = Cell()
+
+
+class Column(NamedTuple):
+    """Of the table."""
+
+    label: str
+    cells: list[Cell]
+    kind: str = "result"  # or "setting", or "extra": a setting that is shown by a click
+
+
+def table(found: Found) -> list[Column]:
+    """The columns, but for those without any value; the first names the runs."""
+    runs = found.runs
+    names = Column("run", [word(found.name(run.path)) for run in runs])
+    told = [Column(key, list(map(word, values)), "setting") for key, values in differing(runs).items()]
+    told = [column._replace(kind="extra") if i >= SETTINGS else column for i, column in enumerate(told)]
+    reached = []
+    for key, label in ACCURACIES.items():
+        values = [[100 * value for value in finite(run, key)] for run in runs]
+        reached.append(Column(label, [number(v[-1], ".1f") if v else MISSING for v in values]))
+        if any(v and max(v) != v[-1] for v in values):
+            reached.append(Column(f"best {label}", [number(max(v), ".1f") if v else MISSING for v in values]))
+    losses = [finite(run, "loss") for run in runs]
+    reached.append(Column("loss", [number(v[-1], ".4g") if v else MISSING for v in losses]))
+    reached.append(Column("lowest loss", [number(min(v), ".4g") if v else MISSING for v in losses]))
+    states = [state(run) for run in runs]
+    machines = [run.environment.get("machine") for run in runs]
+    ended = [
+        Column("steps", [_steps(run) for run in runs]),
+        Column("time in steps", [_time(run) for run in runs]),
+        Column("images/s", [_speed(run) for run in runs]),
+        Column("state", [word(one) for one in states]),
+        Column("machine", [word(one) if one else MISSING for one in machines]),
+    ]
+    return [names, *told, *(column for column in reached + ended if any(column.cells))] if runs else []
+
+
+def differing(runs: Sequence[RunFound]) -> dict[str, list[Any]]:
+    """Dotted keys of settings whose values differ between those of ``runs`` that have them, with each one's value.
+
+    The names of their terms are a setting too; where each run has one term, these are compared whatever they are
+    called. A key that some lack and of which the others have the same value tells nothing that the script, the terms or
+    a version do not tell. A run that lacks a key has None.
+    """
+    terms = [_mapping(run.settings.get("terms")) for run in runs]
+    alone = all(len(one) < 2 for one in terms)
+    flat = []
+    for run, named in zip(runs, terms, strict=True):
+        parts = {"*": next(iter(named.values()), {})} if alone and named else named
+        names = " + ".join(map(str, named)) or None
+        flat.append({"script": _script(run), "terms": names, **_flat({**run.settings, "terms": parts})})
+    keys = dict.fromkeys(key for one in flat for key in one if key not in NOT_TOLD)
+    values = {key: [one.get(key) for one in flat] for key in keys}
+    return {key: each for key, each in values.items() if _differ([one[key] for one in flat if key in one])}
+
+
+def _differ(values: list[Any]) -> bool:
+    return any(value != values[0] for value in values)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _script(run: RunFound) -> str | None:
+    words = str(run.environment.get("command") or "").split()
+    return PurePath(words[0]).stem if words else None
+
+
+def state(run: RunFound) -> str:
+    """Done, unfinished, or for a run of before there was an environment.json what its weights tell."""
+    if run.environment.get("done"):
+        return "done"
+    if not run.environment and run.weights_step is not None:
+        return "done (weights are there)"
+    return "unfinished" if run.environment else "not said"
+
+
+def finite(run: RunFound, key: str) -> list[float]:
+    """Of what a run reported as ``key``, what can be compared."""
+    return [line[key] for line in run.metrics if key in line and math.isfinite(line[key])]
+
+
+def _steps(run: RunFound) -> Cell:
+    done = max([line["step"] for line in run.metrics] + [run.weights_step or 0])
+    total, about = _total(run, done)
+    return Cell(f"{done:,}" if total in (None, done) else f"{done:,} / {about}{total:,}", done)
+
+
+def _total(run: RunFound, done: int) -> tuple[int | None, str]:
+    """Steps that a run shall have, and what to say before it; an epoch's are known by what was reported only."""
+    if state(run).startswith("done"):
+        return done, ""
+    train = _mapping(run.settings.get("train"))
+    if isinstance(train.get("steps"), int):
+        return train["steps"], ""
+    last = next((line for line in reversed(run.metrics) if line.get("epoch", 0) > 0), None)
+    if last is None or not isinstance(train.get("epochs"), int):
+        return None, ""
+    return round(train["epochs"] * last["step"] / last["epoch"]), "≈"
+
+
+def _time(run: RunFound) -> Cell:
+    """Seconds of the steps themselves, without evaluations; of a run that says no speed, from start to end."""
+    batch = _mapping(run.settings.get("train")).get("batch")
+    seconds, before = 0.0, 0
+    for line in run.metrics:
+        if line.get("images_per_second", 0) > 0 and isinstance(batch, int):
+            seconds += (line["step"] - before) * batch / line["images_per_second"]
+            before = line["step"]
+    seconds = seconds or _between(run.environment)
+    return Cell(duration(seconds), seconds) if seconds else MISSING
+
+
+def _between(environment: dict[str, Any]) -> float:
+    """Seconds from a run's only start to its end."""
+    try:
+        started, done = (datetime.fromisoformat(environment[key]) for key in ("started", "done"))
+        return 0.0 if environment.get("earlier") else (done - started).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+
+
+def _speed(run: RunFound) -> Cell:
+    rates = finite(run, "images_per_second")
+    return number(statistics.median(rates), ",.0f") if rates else MISSING
+
+
+def duration(seconds: float) -> str:
+    """As people say it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def number(value: float, form: str) -> Cell:
+    """A cell that sorts by its value."""
+    return Cell(format(value, form), value)
+
+
+def word(value: Any) -> Cell:
+    """A cell of whatever a file says: numbers sort as such."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        text = "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
+        return Cell(printable(text), printable(text).casefold())
+    return Cell(f"{value:g}" if isinstance(value, float) else str(value), value if math.isfinite(value) else None)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+__all__ = ["Cell", "Column", "differing", "duration", "finite", "number", "state", "table", "word"]
