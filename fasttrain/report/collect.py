@@ -68,6 +68,10 @@ class Found:
         relative = os.path.relpath(os.path.abspath(path), self.base)
         return printable(path.resolve().name if relative == "." else relative)
 
+    @property
+    def members(self) -> list[RunFound | FileFound]:
+        return [*self.runs, *self.results, *self.papers]
+
     def complain(self, path: Path, what: str) -> None:
         self.complaints.append(f"'{printable(path)}' {printable(what)}")
 
@@ -80,22 +84,21 @@ def collect(sources: Sequence[str]) -> Found:
     """
     found = Found()
     for source in map(Path, sources):
-        before = len(found.seen), len(found.complaints)
+        before = len(found.members), len(found.complaints)
         if source.is_dir():
             _walk(source, found, DEPTH)
         elif source.is_file():
             _file(source, found)
         else:
             found.complain(source, "is not there")
-        if (len(found.seen), len(found.complaints)) == before and not _known(source, found):
+        if (len(found.members), len(found.complaints)) == before and not _known(source, found):
             found.complain(source, "holds no run, no result and no experiment.json: left out")
-    members = [*found.runs, *found.results, *found.papers]
-    if not members:
+    if not found.members:
         said = f" ({found.complaints[0]})" if found.complaints else ""
         raise UsageError(
             f"nothing to report on in {', '.join(sources[:3])}{said}: give runs' folders, eval-*.json or both"
         )
-    found.base = _common([member.path for member in members])
+    found.base = _common([member.path for member in found.members])
     return found
 
 
@@ -106,7 +109,8 @@ def _common(paths: list[Path]) -> Path:
 
 def _known(path: Path, found: Found) -> bool:
     """Given twice, or below another that was given: no mistake."""
-    return any(one == (real := os.path.realpath(path)) or one.startswith(real + os.sep) for one in found.seen)
+    real, there = os.path.realpath(path), [os.path.realpath(member.path) for member in found.members]
+    return any(one == real or one.startswith(real + os.sep) for one in there)
 
 
 def _first_seen(path: Path, found: Found) -> bool:

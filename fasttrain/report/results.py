@@ -66,7 +66,7 @@ class Pictures:
         """The picture, where there is one that is whole."""
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # the latter of a name that no file can have
             return None
         except OSError as error:
             self.found.complain(path, f"cannot be read ({error.strerror}): left out")

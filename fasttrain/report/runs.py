@@ -15,6 +15,8 @@ from fasttrain.report.collect import Found, RunFound
 ACCURACIES = {"knn_top1": "kNN %", "clean_top1": "clean %", "robust_top1": "robust %"}
 SETTINGS = 8
 "Columns of settings that are shown at once; the others by a click."
+SECTIONS = ("script", "source", "terms", "fare", "attack", "run", "optimizer", "data", "model", "train")
+"Of settings, those first that runs are told apart by."
 NOT_TOLD = ("run.dir",)
 "Settings that differ between any two runs and say nothing."
 
@@ -61,7 +63,8 @@ def table(found: Found) -> list[Column]:
         Column("state", [word(one) for one in states]),
         Column("machine", [word(one) if one else MISSING for one in machines]),
     ]
-    return [names, *told, *(column for column in reached + ended if any(column.cells))] if runs else []
+    there = [column for column in reached + ended if any(cell is not MISSING for cell in column.cells)]
+    return [names, *told, *there] if runs else []
 
 
 def differing(runs: Sequence[RunFound]) -> dict[str, list[Any]]:
@@ -69,7 +72,7 @@ def differing(runs: Sequence[RunFound]) -> dict[str, list[Any]]:
 
     The names of their terms are a setting too; where each run has one term, these are compared whatever they are
     called. A key that some lack and of which the others have the same value tells nothing that the script, the terms or
-    a version do not tell. A run that lacks a key has None.
+    a version do not tell. A run that lacks a key has None. Those of :data:`SECTIONS` come first.
     """
     terms = [_mapping(run.settings.get("terms")) for run in runs]
     alone = all(len(one) < 2 for one in terms)
@@ -79,8 +82,14 @@ def differing(runs: Sequence[RunFound]) -> dict[str, list[Any]]:
         names = " + ".join(map(str, named)) or None
         flat.append({"script": _script(run), "terms": names, **_flat({**run.settings, "terms": parts})})
     keys = dict.fromkeys(key for one in flat for key in one if key not in NOT_TOLD)
+    keys = sorted(keys, key=_rank)
     values = {key: [one.get(key) for one in flat] for key in keys}
     return {key: each for key, each in values.items() if _differ([one[key] for one in flat if key in one])}
+
+
+def _rank(key: str) -> int:
+    section = key.partition(".")[0]
+    return SECTIONS.index(section) if section in SECTIONS else len(SECTIONS)
 
 
 def _differ(values: list[Any]) -> bool:

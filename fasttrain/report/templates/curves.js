@@ -106,7 +106,7 @@
   }
 
   function table(runs, label, smooth) {
-    const heads = ["run", smooth ? "last (mean)" : "last", "lowest", "highest", "at the step"];
+    const heads = ["run", "at the step", smooth ? "last (mean)" : "last", "lowest", "highest"];
     const head = element("tr");
     head.append(...heads.map((text) => element("th", { scope: "col" }, text)));
     const rows = runs.map(({ i, name, series }) => {
@@ -116,7 +116,7 @@
       named.append(swatch, ` ${name}`);
       const values = finite(series.y);
       const ends = values.length ? [Math.min(...values), Math.max(...values)] : [null, null];
-      row.append(named, ...[last(series), ...ends, null].map((value) => element("td", { class: "number" }, shown(value))));
+      row.append(named, ...[null, last(series), ...ends].map((value) => element("td", { class: "number" }, shown(value))));
       return row;
     });
     const [top, body] = [element("thead"), element("tbody")];
@@ -133,7 +133,7 @@
     const rows = legend.tBodies[0].rows;
     selected().forEach(({ series }, number) => {
       const near = series.x.reduce((best, each, j) => (Math.abs(each - step) < Math.abs(series.x[best] - step) ? j : best), 0);
-      rows[number].cells[4].textContent = shown((series.s || series.y)[near]);
+      rows[number].cells[1].textContent = shown((series.s || series.y)[near]);
     });
   }
 
