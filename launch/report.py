@@ -18,7 +18,7 @@ from fasttrain.environment import command, now
 from fasttrain.output import try_output, write_output
 from fasttrain.printable import printable
 from fasttrain.report.collect import Found, collect
-from fasttrain.report.page import html
+from fasttrain.report.page import counts, html
 
 from pydantic import Field
 
@@ -42,7 +42,7 @@ def report(config: ReportConfig) -> None:
     for complaint in found.complaints:
         print(f"WARNING: {complaint}", flush=True)
     write_output(output, content, ELSEWHERE)
-    print(f"{'of':16s}{len(found.runs)} runs, {len(found.results)} results, {len(found.papers)} papers")
+    print(f"{'of':16s}{counts(found)}")
     print(f"{'page':16s}{printable(output)} ({len(content) / 1e6:.1f} MB)")
 
 

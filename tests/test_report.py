@@ -1,8 +1,7 @@
-"""The page of runs, evaluations and papers: what is found, and what a real browser makes of it."""
+"""What a report finds, and what it says of it."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
@@ -13,133 +12,20 @@ from unittest import mock
 
 import pytest
 import yaml
-from PIL import Image
 
 from fasttrain.errors import UsageError
 from fasttrain.report import series
 from fasttrain.report.collect import collect
 from fasttrain.report.environments import facts, groups
 from fasttrain.report.page import FEW_RUNS, html
-from fasttrain.report.runs import SETTINGS, differing, duration, table
-from tests.browser import Browser, chromium
+from fasttrain.report.runs import differing, duration, table
+from tests.reported import ENVIRONMENT, NAMES, make_everything, make_result, make_run, page_of, picture
 from tests.test_launch import script
-
-HOSTILE = "<script>alert(1)</script>".replace("/", "∕")  # a name has no slash
-NAMES = ("simclr_1", "simclr_2", "simclr_10", "two words", 'it\'s "so"', "日本 & ü", HOSTILE)
-ENVIRONMENT = {
-    "command": "launch/pretrain.py train.steps=400",
-    "started": "2026-01-01T00:00:00+00:00",
-    "done": "2026-01-01T00:10:00+00:00",
-    "ranks": 2,
-    "hosts": {"one": 2},
-    "machine": "2 cores of a CPU",
-    "versions": {"Python": "3.11", "torch": "2.9"},
-    "git": {"commit": "0123456789abcdef", "changed": True},
-    "earlier": [],
-}
-
-
-def picture(colour: str = "red") -> bytes:
-    drawn = io.BytesIO()
-    Image.new("RGB", (300, 100), colour).save(drawn, "png")
-    return drawn.getvalue()
-
-
-def make_run(folder: Path, number: int, reports: int = 40, environment: dict | None = ENVIRONMENT) -> Path:
-    """A folder as a training leaves it; its kNN accuracy is 5 % a number."""
-    folder.mkdir(parents=True)
-    settings = {
-        "run": {"dir": str(folder), "seed": number},
-        "terms": {"simclr": {"objective": "nt_xent", "penalty": {"weight": number / 10}}},
-        "train": {"epochs": 10, "steps": None, "batch": 64},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    lines = [
-        {
-            "step": 10 * i,
-            "epoch": i / 4,
-            "loss": 9 / i + number,
-            "loss/a": 9 / i,
-            "lr": 0.1,
-            "images_per_second": 640,
-        }
-        for i in range(1, reports + 1)
-    ]
-    lines[3]["loss"] = None
-    lines.append({"step": 10 * reports, "knn_top1": number / 20})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if environment is not None:
-        (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "curves.png").write_bytes(picture())
-    return folder
-
-
-def make_result(path: Path, task: str = "knn", **values: object) -> Path:
-    said = {
-        "task": task,
-        "about": "accuracy of the nearest neighbours",
-        "source": ["runs/simclr_1"],
-        "command": f"launch/eval.py {task} runs/simclr_1",
-        "seconds": 12.5,
-        "date": "2026-01-01T00:00:00+00:00",
-        "machine": "2 cores of a CPU",
-        "versions": {"Python": "3.11", "torch": "2.8"},
-        "settings": {"task": task, "data": {"root": "/data/" + "long/" * 40}},
-    }
-    path.write_text(json.dumps(said | values))
-    path.with_suffix(".png").write_bytes(picture("blue"))
-    return path
-
-
-def make_paper(folder: Path) -> None:
-    cell = {"mean": 41.234, "sd": 1.5, "n": 3, "paper": 45.1}
-    columns = [f"{share} %" for share in (100, 50, 20, 10, 5, 2, 1, 0.5)]
-    values = {
-        "experiment": "tikhonov",
-        "title": "Robustness <of> contrastive learning",
-        "source": "A. Author, a paper",
-        "scale": "small",
-        "command": "launch/experiment.py configs/experiments/tikhonov.yaml",
-        "tables": [{"name": "table1", "title": "Table 1", "unit": "%", "columns": columns, "rows": [
-            {"name": "contrastive", "cells": [cell] * 7 + [None]},
-            {"name": "supervised", "cells": [{**cell, "mean": None, "sd": math.nan}] * 8},
-        ]}],
-        "findings": [
-            {"claim": "it is ahead", "shown": True, "value": 3.2, "error": 0.4, "unit": "%"},
-            {"claim": "it is behind", "shown": False, "value": 0.1, "error": 0.4, "unit": "%", "why": "few seeds"},
-            {"claim": "they are one", "shown": None, "value": 0.1, "error": 0.4},
-            {"claim": "it was run", "shown": None},
-        ],
-        "figures": [
-            {"name": "figure2", "about": "curves", "result": "eval-curves.json", "picture": "eval-curves.png"},
-            {"name": "figure3", "about": "more", "result": "eval-more.json", "picture": "eval-more.png"},
-        ],
-        "commands": [{"name": "run", "command": "launch/pretrain.py", "state": "failed", "seconds": None}],
-    }  # fmt: skip
-    (folder / "experiment.json").write_text(json.dumps(values))
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory) -> Path:
-    """Runs of all kinds of names, two results, a paper; one run without an environment, one unfinished."""
-    root = tmp_path_factory.mktemp("report")
-    for number, name in enumerate(NAMES, 1):
-        environment = {1: None, 2: ENVIRONMENT | {"done": None, "command": "launch/finetune.py"}}.get(
-            number, ENVIRONMENT
-        )
-        make_run(root / "runs" / name, number, environment=environment)
-    (root / "runs/two words/metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\nnonsense\n{"step": 20, "lo')
-    wide = ["  ".join(f"column{i}" for i in range(30)), *(f"row {HOSTILE} {i}" for i in range(5))]
-    make_result(root / "eval-curves.json", "curves", lines=wide)
-    make_result(root / "runs/simclr_1/eval-knn.json", top1=0.4567, images=500)
-    make_paper(root)
-    return root
-
-
-def page_of(*sources: Path) -> str:
-    return html(
-        collect([str(source) for source in sources]), "launch/report.py …", "2026-01-01T00:00:00+00:00"
-    ).decode()
+    return make_everything(tmp_path_factory.mktemp("report"))
 
 
 def cells(found, label: str) -> list[str]:
@@ -272,10 +158,10 @@ def test_thinning_keeps_every_extreme_and_the_ends():
     assert series.extremes(values[:300], 300) == list(range(300))
 
 
-def test_the_moving_mean_is_of_equally_many_before_and_after():
-    assert series.moving_mean([1.0, 2.0, 6.0, 3.0], 3) == pytest.approx([1.0, 3.0, 11 / 3, 3.0])
+def test_the_moving_mean_is_of_those_around():
+    assert series.moving_mean([1.0, 2.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
     assert series.moving_mean([1.0, 2.0], 1) == [1.0, 2.0]
-    assert [math.isnan(v) for v in series.moving_mean([1, math.nan, 1, 1, 1], 3)] == [False, True, True, False, False]
+    assert [math.isnan(v) for v in series.moving_mean([1, math.nan, 1, 1, 1], 3)] == [True, True, True, False, False]
 
 
 def test_curves_are_in_percent_where_they_are_shares(everything):
@@ -324,158 +210,10 @@ def test_the_script_writes_the_page_and_says_what_it_left_out(everything, tmp_pa
     with pytest.raises(SystemExit) as ended:
         report.cli.main(report.ReportConfig, report.report, "", positional=("sources",))
     said = capsys.readouterr().out
-    assert ended.value.code == 0 and "7 runs, 2 results, 1 papers" in said and "2 of 3 lines" in said
+    assert ended.value.code == 0 and "7 runs, 2 evaluations, 1 paper\n" in said and "2 of 3 lines" in said
     assert f"output={place}" in place.read_text()
     found = collect([str(everything)])
     monkeypatch.chdir(everything)
     assert report.place_of(found) == Path("report.html")
     with mock.patch.object(found, "base", Path("/")):
         assert report.place_of(found) == Path("report.html")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = chromium()
-    if program is None:
-        pytest.skip("there is no Chromium here (Debian's package is chromium)")
-    with Browser(program) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def page(everything, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(page_of(everything))
-    return path
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
-def test_it_loads_without_an_error_or_a_request_and_fits(browser, page, width, scheme):
-    browser.show(width, scheme)
-    browser.open(page)
-    assert browser.complaints() == [] and browser.requests() == [page.as_uri()]
-    assert browser.run("document.scrollingElement.scrollWidth") <= width
-    dark = browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
-    assert dark == (scheme == "dark")
-    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
-    assert browser.run("document.scrollingElement.scrollWidth") <= width
-    assert browser.run("document.documentElement.lang") == "en"
-
-
-def test_pictures_are_there_and_say_what_they_show(browser, page):
-    browser.show(1280, "light")
-    browser.open(page)
-    found = browser.run("[...document.images].map(one => [one.naturalWidth, one.alt])")
-    assert len(found) == 2 + len(NAMES) and all(width == 300 and len(alt) > 10 for width, alt in found)
-    assert any("nearest neighbours" in alt and "top1 45.67 %" in alt for _, alt in found)
-
-
-def column(browser, label: str) -> list[str]:
-    """The cells of a column of the runs, from above."""
-    return browser.run(f"""(() => {{
-        const table = document.getElementById('runs-table');
-        const at = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent === {json.dumps(label)});
-        return [...table.tBodies[0].rows].map(row => row.cells[at].textContent);
-    }})()""")
-
-
-def header(label: str) -> str:
-    return f"[...document.querySelectorAll('#runs-table button')].find(one => one.textContent === {json.dumps(label)})"
-
-
-def test_a_click_sorts_and_a_key_too(browser, page):
-    browser.show(1280, "light")
-    browser.open(page)
-    browser.run(f"{header('kNN %')}.click()")
-    upward = ["5.0", "10.0", "15.0", "25.0", "30.0", "35.0", "–"]  # 5 before 10: numbers; without one: last
-    assert column(browser, "kNN %") == upward
-    state = f"{header('kNN %')}.closest('th').getAttribute('aria-sort')"
-    assert browser.run(state) == "ascending"
-    browser.run(f"{header('kNN %')}.focus()")
-    browser.press("Enter")
-    assert column(browser, "kNN %") == [*upward[:-1][::-1], "–"] and browser.run(state) == "descending"
-    browser.run(f"{header('run')}.click()")
-    names = [name.removeprefix("runs/") for name in column(browser, "run")]
-    assert names.index("simclr_2") < names.index("simclr_10") and browser.run(state) is None
-
-
-def test_the_filter_keeps_rows_with_all_words(browser, page):
-    browser.show(375, "light")
-    browser.open(page)
-    browser.run("filter.value = 'SIMCLR_1 done'; filter.dispatchEvent(new Event('input'))")
-    shown = "[...document.querySelectorAll('#runs-table tbody tr')].filter(one => one.offsetHeight).length"
-    assert browser.run(shown) == 1 and browser.run("document.getElementById('filtered').textContent") == "1 of 7"
-
-
-def test_curves_are_drawn_and_follow_what_is_chosen(browser, page):
-    browser.show(375, "dark")
-    browser.open(page)
-    strong = "[...document.querySelectorAll('#chart path.curve:not(.raw)')].map(one => one.getAttribute('d'))"
-    losses = browser.run(strong)
-    assert len(losses) == len(NAMES) and all(path.startswith("M") for path in losses)
-    assert browser.run("document.querySelectorAll('#chart .raw').length") == len(NAMES)
-    assert browser.run("document.querySelectorAll('#chart .lost').length") == len(NAMES) - 1  # a loss was not finite
-    styles = browser.run(
-        "[...document.querySelectorAll('#chart path.curve:not(.raw)')].map(one => "
-        "getComputedStyle(one).stroke + one.getAttribute('stroke-dasharray'))"
-    )
-    assert len(set(styles)) == len(NAMES)
-    browser.run("metric.value = 'lr'; metric.dispatchEvent(new Event('change'))")
-    rates = browser.run(strong)
-    assert rates != losses and len(rates) == len(NAMES) - 1  # one reports none
-    label = browser.run("document.querySelector('#chart svg').getAttribute('aria-label')")
-    assert label.startswith("learning rate against the step, of 6 runs") and "runs/simclr_2 0.1" in label
-    browser.run("document.querySelector('#choices input').click()")
-    assert len(browser.run(strong)) < len(rates) + 1
-    browser.run("document.getElementById('no-runs').click()")
-    assert browser.run(strong) == [] and browser.complaints() == []
-    browser.run("document.getElementById('first-runs').click()")
-    assert len(browser.run(strong)) == len(rates)
-
-
-def test_values_at_a_step_are_read_by_a_slider(browser, page):
-    browser.show(1280, "light")
-    browser.open(page)
-    row = "[...document.querySelectorAll('#legend tbody tr')].find(one => one.textContent.includes('simclr_2')).cells"
-    assert browser.run(f"{row}[1].textContent === {row}[2].textContent")
-    browser.run("at.value = 0; at.dispatchEvent(new Event('input'))")
-    assert browser.run("document.getElementById('at-step').textContent") == "10"
-    assert browser.run(f"{row}[1].textContent") == "11"
-
-
-def test_many_settings_are_shown_by_a_click(browser, tmp_path):
-    for number in range(2):
-        run = make_run(tmp_path / f"run_{number}", number, reports=4)
-        settings = {"model": {f"setting{i}": number + i for i in range(SETTINGS + 20)}}
-        (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    path = tmp_path / "page.html"
-    path.write_text(page_of(tmp_path))
-    browser.show(375, "light")
-    browser.open(path)
-    shown = "[...document.querySelectorAll('#runs-table thead th')].filter(one => one.offsetWidth).length"
-    before = browser.run(shown)
-    browser.run("document.getElementById('all-settings').click()")
-    assert browser.run(shown) == before + 20 and browser.run("document.scrollingElement.scrollWidth") <= 375
-
-
-def test_a_command_can_be_copied(browser, page):
-    browser.show(1280, "light")
-    browser.open(page)
-    browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
-    browser.run("document.querySelector('header p.command button').click()")
-    browser.run("new Promise(done => setTimeout(done, 200))")
-    said = browser.run("document.querySelector('header p.command button').textContent")
-    assert said in ("copied", "selected")
-
-
-def test_two_hundred_runs_are_a_page_too(browser, tmp_path):
-    for number in range(200):
-        make_run(tmp_path / "runs" / f"run_{number}", number, reports=8)
-    path = tmp_path / "page.html"
-    path.write_text(page_of(tmp_path))
-    browser.show(375, "dark")
-    browser.open(path)
-    assert browser.complaints() == [] and browser.run("document.scrollingElement.scrollWidth") <= 375
-    assert browser.run("document.querySelectorAll('#runs-table tbody tr').length") == 200
-    assert browser.run("document.querySelectorAll('#choices input:checked').length") == 8

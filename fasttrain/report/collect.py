@@ -156,11 +156,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def _run(folder: Path, found: Found) -> RunFound:
-    card = _mapping(_read(folder / "encoder.json", found))
+    card = mapping(_read(folder / "encoder.json", found))
     return RunFound(
         path=folder,
-        settings=_mapping(_read(folder / "config.yaml", found)),
-        environment=_mapping(_read(folder / "environment.json", found)),
+        settings=mapping(_read(folder / "config.yaml", found)),
+        environment=mapping(_read(folder / "environment.json", found)),
         metrics=_metrics(folder / "metrics.jsonl", found),
         weights_step=card["step"] if isinstance(card.get("step"), int) else None,
     )
@@ -211,8 +211,9 @@ def _read(path: Path, found: Found) -> Any:
     return None
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping as it is, and anything else as an empty one."""
     return value if isinstance(value, dict) else {}
 
 
-__all__ = ["FileFound", "Found", "RunFound", "collect"]
+__all__ = ["FileFound", "Found", "RunFound", "collect", "mapping"]

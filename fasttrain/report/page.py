@@ -32,6 +32,7 @@ def html(found: Found, command: str, made: str) -> bytes:
     groups, silent = environments.groups(found)
     curves = series.curves(found)
     page = {
+        "counts": counts(found),
         "papers": papers,
         "columns": runs.table(found),
         "runs": [_run(run, found, pictures) for run in found.runs],
@@ -58,6 +59,12 @@ def html(found: Found, command: str, made: str) -> bytes:
     return templates.get_template("page.html").render(page).encode(errors="backslashreplace")
 
 
+def counts(found: Found) -> str:
+    """Of what, in words."""
+    there = {"run": found.runs, "evaluation": found.results, "paper": found.papers}
+    return ", ".join(f"{len(those)} {name}{'s' * (len(those) != 1)}" for name, those in there.items() if those)
+
+
 def _run(run: Any, found: Found, pictures: results.Pictures) -> dict[str, Any]:
     """What the page says of a run beside its line in the table."""
     name = found.name(run.path)
@@ -72,4 +79,4 @@ def _run(run: Any, found: Found, pictures: results.Pictures) -> dict[str, Any]:
     }
 
 
-__all__ = ["html"]
+__all__ = ["counts", "html"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasttrain.printable import printable
-from fasttrain.report.collect import FileFound, Found
-from fasttrain.report.runs import duration
+from fasttrain.report.collect import FileFound, Found, mapping
+from fasttrain.report.runs import duration, flat
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"
@@ -45,7 +45,6 @@ class Evaluation(NamedTuple):
     name: str
     task: str
     about: str
-    sources: list[str]
     lines: list[str]  # the table as it was printed
     scalars: list[tuple[str, str]]  # where it was not kept: the plain fields
     picture: Picture | None
@@ -88,18 +87,16 @@ def evaluation(result: FileFound, found: Found, pictures: Pictures) -> Evaluatio
     said = said or ", ".join(f"{name} {value}" for name, value in scalars[:FIRST_LINES])
     alt = f"{about or values['task']}, of {', '.join(Path(one).name for one in sources) or 'no source'}. {said}"
     above = pictures.embedded.get(result.picture.resolve())
-    settings = mapping(values.get("settings"))
     return Evaluation(
         name=found.name(result.path),
         task=printable(values["task"]),
         about=about,
-        sources=sources,
         lines=lines,
         scalars=scalars,
         picture=None if above else pictures.embed(result.picture, alt),
         shown_above=above,
         facts=_facts(values),
-        settings=flat(settings),
+        settings=[(printable(key), text(value)) for key, value in flat(mapping(values.get("settings"))).items()],
         command=text(values.get("command")),
     )
 
@@ -159,7 +156,7 @@ def paper(file: FileFound, found: Found, pictures: Pictures) -> dict[str, Any]:
     return {
         "name": found.name(file.path),
         "title": text(values.get("title")) or printable(values["experiment"]),
-        **{key: text(values.get(key)) for key in ("experiment", "source", "scale", "date", "command")},
+        **{key: text(values.get(key)) for key in ("source", "scale", "date", "command")},
         "tables": [_table(mapping(one)) for one in listed(values.get("tables"))],
         "findings": [_finding(mapping(one)) for one in listed(values.get("findings"))],
         "figures": figures,
@@ -224,17 +221,4 @@ def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def mapping(value: Any) -> dict[str, Any]:
-    """A mapping as it is, and anything else as an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Dotted keys and their values."""
-    pairs = []
-    for key, value in values.items():
-        pairs += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(printable(prefix + key), text(value))]
-    return pairs
-
-
-__all__ = ["Evaluation", "Picture", "Pictures", "evaluation", "flat", "listed", "mapping", "paper", "text"]
+__all__ = ["Evaluation", "Picture", "Pictures", "evaluation", "listed", "paper", "text"]

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from fasttrain.printable import printable
-from fasttrain.report.collect import Found, RunFound
+from fasttrain.report.collect import Found, RunFound, mapping
 
 ACCURACIES = {"knn_top1": "kNN %", "clean_top1": "clean %", "robust_top1": "robust %"}
 SETTINGS = 8
@@ -74,17 +74,17 @@ def differing(runs: Sequence[RunFound]) -> dict[str, list[Any]]:
     called. A key that some lack and of which the others have the same value tells nothing that the script, the terms or
     a version do not tell. A run that lacks a key has None. Those of :data:`SECTIONS` come first.
     """
-    terms = [_mapping(run.settings.get("terms")) for run in runs]
+    terms = [mapping(run.settings.get("terms")) for run in runs]
     alone = all(len(one) < 2 for one in terms)
-    flat = []
+    told = []
     for run, named in zip(runs, terms, strict=True):
         parts = {"*": next(iter(named.values()), {})} if alone and named else named
         names = " + ".join(map(str, named)) or None
-        flat.append({"script": _script(run), "terms": names, **_flat({**run.settings, "terms": parts})})
-    keys = dict.fromkeys(key for one in flat for key in one if key not in NOT_TOLD)
+        told.append({"script": _script(run), "terms": names, **flat({**run.settings, "terms": parts})})
+    keys = dict.fromkeys(key for one in told for key in one if key not in NOT_TOLD)
     keys = sorted(keys, key=_rank)
-    values = {key: [one.get(key) for one in flat] for key in keys}
-    return {key: each for key, each in values.items() if _differ([one[key] for one in flat if key in one])}
+    values = {key: [one.get(key) for one in told] for key in keys}
+    return {key: each for key, each in values.items() if _differ([one[key] for one in told if key in one])}
 
 
 def _rank(key: str) -> int:
@@ -96,11 +96,12 @@ def _differ(values: list[Any]) -> bool:
     return any(value != values[0] for value in values)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _script(run: RunFound) -> str | None:
@@ -132,7 +133,7 @@ def _total(run: RunFound, done: int) -> tuple[int | None, str]:
     """Steps that a run shall have, and what to say before it; an epoch's are known by what was reported only."""
     if state(run).startswith("done"):
         return done, ""
-    train = _mapping(run.settings.get("train"))
+    train = mapping(run.settings.get("train"))
     if isinstance(train.get("steps"), int):
         return train["steps"], ""
     last = next((line for line in reversed(run.metrics) if line.get("epoch", 0) > 0), None)
@@ -143,7 +144,7 @@ def _total(run: RunFound, done: int) -> tuple[int | None, str]:
 
 def _time(run: RunFound) -> Cell:
     """Seconds of the steps themselves, without evaluations; of a run that says no speed, from start to end."""
-    batch = _mapping(run.settings.get("train")).get("batch")
+    batch = mapping(run.settings.get("train")).get("batch")
     seconds, before = 0.0, 0
     for line in run.metrics:
         if line.get("images_per_second", 0) > 0 and isinstance(batch, int):
@@ -187,11 +188,7 @@ def word(value: Any) -> Cell:
     if isinstance(value, bool) or not isinstance(value, int | float):
         text = "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
         return Cell(printable(text), printable(text).casefold())
-    return Cell(f"{value:g}" if isinstance(value, float) else str(value), value if math.isfinite(value) else None)
+    return Cell(f"{value:g}" if isinstance(value, float) else str(value), value if abs(value) < math.inf else None)
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-__all__ = ["Cell", "Column", "differing", "duration", "finite", "number", "state", "table", "word"]
+__all__ = ["Cell", "Column", "differing", "duration", "finite", "flat", "number", "state", "table", "word"]

@@ -93,7 +93,7 @@ def extremes(values: Sequence[float], points: int) -> list[int]:
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """Of each value and those around it, as many before as after; NaN where any of them is not finite."""
+    """Of each value and those around it, at the ends of fewer; NaN where any of them is not finite."""
     half, means = window // 2, []
     sums, lost = [0.0], [0]
     for value in values:
@@ -101,8 +101,7 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
         sums.append(sums[-1] + (value if good else 0.0))
         lost.append(lost[-1] + (not good))
     for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        low, high = i - reach, i + reach + 1
+        low, high = max(0, i - half), min(len(values), i + half + 1)
         means.append(math.nan if lost[high] > lost[low] else (sums[high] - sums[low]) / (high - low))
     return means
 

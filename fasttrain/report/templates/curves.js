@@ -31,9 +31,13 @@
     return found;
   }
 
+  function ends(values) {
+    return values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+  }
+
   function range(values, percent) {
     if (!values.length) return [0, 1];
-    let low = Math.min(...values), high = Math.max(...values);
+    let [low, high] = ends(values);
     if (percent) [low, high] = [Math.min(low, 0), Math.max(high, 1)];
     if (low === high) [low, high] = [low - Math.abs(low) * 0.1 - 1e-9, high + Math.abs(high) * 0.1 + 1e-9];
     const air = (high - low) * 0.04;
@@ -74,8 +78,9 @@
       svg.append(element("text", { x: MARGIN.left - 6, y: y(value) + 4, "text-anchor": "end" }, shown(value)));
     }
     for (const value of ticks(left, right, width < 500 ? 3 : 7)) {
+      const anchor = x(value) > width - 30 ? "end" : "middle";
       svg.append(element("line", { class: "grid", x1: x(value), x2: x(value), y1: MARGIN.top, y2: height - MARGIN.bottom }));
-      svg.append(element("text", { x: x(value), y: height - MARGIN.bottom + 16, "text-anchor": "middle" }, steps(value)));
+      svg.append(element("text", { x: x(value), y: height - MARGIN.bottom + 16, "text-anchor": anchor }, steps(value)));
     }
     svg.append(element("text", { class: "axis", x: (MARGIN.left + width) / 2, y: height - 6, "text-anchor": "middle" }, "step"));
     svg.append(element("text", { class: "axis", "text-anchor": "middle",
@@ -108,15 +113,15 @@
   function table(runs, label, smooth) {
     const heads = ["run", "at the step", smooth ? "last (mean)" : "last", "lowest", "highest"];
     const head = element("tr");
-    head.append(...heads.map((text) => element("th", { scope: "col" }, text)));
+    head.append(...heads.map((text, i) => element("th", { scope: "col", class: i ? "number" : "" }, text)));
     const rows = runs.map(({ i, name, series }) => {
       const row = element("tr"), named = element("th", { scope: "row" });
       const swatch = element("svg", { width: 34, height: 10, "aria-hidden": "true" });
       swatch.append(element("line", { x1: 0, x2: 34, y1: 5, y2: 5, stroke: colour(i), "stroke-width": 2.5, "stroke-dasharray": dash(i) }));
       named.append(swatch, ` ${name}`);
       const values = finite(series.y);
-      const ends = values.length ? [Math.min(...values), Math.max(...values)] : [null, null];
-      row.append(named, ...[null, last(series), ...ends].map((value) => element("td", { class: "number" }, shown(value))));
+      const extremes = values.length ? ends(values) : [null, null];
+      row.append(named, ...[null, last(series), ...extremes].map((value) => element("td", { class: "number" }, shown(value))));
       return row;
     });
     const [top, body] = [element("thead"), element("tbody")];
