@@ -71,10 +71,19 @@ def test_what_cannot_be_read_is_said_and_left_out(tmp_path):
     assert all(line in unescape(text) for line in found.complaints)
 
 
-def test_a_given_file_that_is_neither_is_said(tmp_path):
+def test_a_given_file_that_is_neither_is_said_but_for_what_lies_beside_results(tmp_path):
     make_run(tmp_path / "run", 1)
+    make_result(tmp_path / "eval-knn.json")
+    (tmp_path / "eval-knn.parts").mkdir()
     (tmp_path / "notes.json").write_text('{"a": 1}')
-    assert "is no result" in collect([str(tmp_path / "run"), str(tmp_path / "notes.json")]).complaints[0]
+    for name in ("report.html", "simclr.log", "other.png"):
+        (tmp_path / name).write_text("")
+    found = collect(sorted(map(str, tmp_path.iterdir())))  # runs/*
+    assert found.complaints == [
+        f"'{tmp_path}/notes.json' is no result (it names no task) and no experiment.json: left out",
+        f"no folder and no JSON, and so left out: '{tmp_path}/other.png'; '{tmp_path}/simclr.log'",
+    ]
+    assert len(found.runs) == len(found.results) == 1
 
 
 @pytest.mark.parametrize("junk", [3, "text", [1, None], {"a": {"b": []}}, None, math.inf, "\ud800"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fasttrain.config import listed
 from fasttrain.errors import UsageError
 from fasttrain.printable import printable
 from fasttrain.run import read_metrics
@@ -21,6 +22,7 @@ LARGEST = 64 * 2**20
 "Bytes of a JSON file that may be a result: arrays lie beside it."
 PASSED_OVER = ("checkpoints", "tensorboard", "__pycache__")
 RUN_FILES = ("metrics.jsonl", "environment.json", "config.yaml")
+BESIDE = (".png", ".safetensors", ".parts")
 NO_RESULTS = ("environment.json", "encoder.json")
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -83,7 +85,10 @@ def collect(sources: Sequence[str]) -> Found:
         UsageError: nothing.
     """
     found = Found()
+    foreign = [source for source in map(Path, sources) if source.is_file() and source.suffix != ".json"]
     for source in map(Path, sources):
+        if source in foreign or _is_beside_a_result(source):
+            continue
         before = len(found.members), len(found.complaints)
         if source.is_dir():
             _walk(source, found, DEPTH)
@@ -93,6 +98,8 @@ def collect(sources: Sequence[str]) -> Found:
             found.complain(source, "is not there")
         if (len(found.members), len(found.complaints)) == before and not _known(source, found):
             found.complain(source, "holds no run, no result and no experiment.json: left out")
+    if strange := [repr(printable(path)) for path in foreign if not _is_beside_a_result(path)]:
+        found.complaints.append(f"no folder and no JSON, and so left out: {listed(strange)}")
     if not found.members:
         said = f" ({found.complaints[0]})" if found.complaints else ""
         raise UsageError(
@@ -105,6 +112,11 @@ def collect(sources: Sequence[str]) -> Found:
 def _common(paths: list[Path]) -> Path:
     """The folder that holds all of them; of runs in it, it is none itself."""
     return Path(os.path.commonpath([path.absolute().parent for path in paths]))
+
+
+def _is_beside_a_result(path: Path) -> bool:
+    """What ``runs/*`` gives too: a result's picture, arrays and parts, and an earlier page."""
+    return path.suffix == ".html" or (path.suffix in BESIDE and path.with_suffix(".json").is_file())
 
 
 def _known(path: Path, found: Found) -> bool:
