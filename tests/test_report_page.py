@@ -53,7 +53,10 @@ def test_pictures_are_there_and_say_what_they_show(browser, page):
     browser.open(page)
     found = browser.run("[...document.images].map(one => [one.naturalWidth, one.alt])")
     assert len(found) == 2 + len(NAMES) and all(width == 300 and len(alt) > 10 for width, alt in found)
-    assert any("nearest neighbours" in alt and "top1 45.67 %" in alt for _, alt in found)
+    assert any("nearest neighbours" in alt and "simclr_1" in alt and "top1 45.67 %" in alt for _, alt in found)
+    ids = browser.run("[...document.querySelectorAll('[id]')].map(one => one.id)")
+    assert len(ids) == len(set(ids))
+    assert any(alt.startswith("figure2: ") and "column0 column1" in alt for _, alt in found)
 
 
 def column(browser, label: str) -> list[str]:

@@ -136,16 +136,15 @@ def _first_seen(path: Path, found: Found) -> bool:
 def _walk(folder: Path, found: Found, depth: int) -> None:
     try:
         members = sorted(folder.iterdir(), key=lambda path: _natural(path.name))
+        if _is_run(folder) and _first_seen(folder, found):
+            found.runs.append(_run(folder, found))
+        for path in members:
+            if path.suffix == ".json" and path.name not in NO_RESULTS and path.is_file():
+                _file(path, found, given=False)
+            elif depth and not _is_passed_over(path.name) and path.is_dir():
+                _walk(path, found, depth - 1)
     except OSError as error:
         found.complain(folder, f"cannot be read ({error.strerror}): left out")
-        return
-    if _is_run(folder) and _first_seen(folder, found):
-        found.runs.append(_run(folder, found))
-    for path in members:
-        if path.suffix == ".json" and path.name not in NO_RESULTS and path.is_file():
-            _file(path, found, given=False)
-        elif depth and path.is_dir() and not _is_passed_over(path.name):
-            _walk(path, found, depth - 1)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ ABOUT_IT = (
     "ranks",
     "versions",
     "settings",
+    "arrays",
 )
 "Of a result's fields those that are not what it found."
 VERDICTS = {True: "shown", False: "not shown", None: "not told apart"}
@@ -55,11 +58,12 @@ class Evaluation(NamedTuple):
 
 
 class Pictures:
-    """The pictures of a page, each embedded once."""
+    """The pictures of a page, and where they are in it."""
 
     def __init__(self, found: Found) -> None:
         self.found = found
-        self.embedded: dict[Path, str] = {}
+        self.embedded: dict[Path, str] = {}  # the first anchor of each
+        self._numbers = itertools.count(1)
 
     def embed(self, path: Path, alt: str) -> Picture | None:
         """The picture, where there is one that is whole."""
@@ -73,45 +77,47 @@ class Pictures:
         if not (content.startswith(PNG) and content.endswith(PNG_END)):
             self.found.complain(path, "is no whole PNG picture: left out")
             return None
-        anchor = self.embedded.setdefault(path.resolve(), f"picture-{len(self.embedded) + 1}")
+        anchor = f"picture-{next(self._numbers)}"
+        self.embedded.setdefault(path.resolve(), anchor)
         return Picture("data:image/png;base64," + base64.b64encode(content).decode(), printable(alt), anchor)
 
 
 def evaluation(result: FileFound, found: Found, pictures: Pictures) -> Evaluation:
     """What a result says."""
-    values = result.values
-    about, sources = text(values.get("about")), [text(one) for one in listed(values.get("source"))]
-    lines = [printable(line) for line in listed(values.get("lines"))]
-    scalars = [] if lines else _scalars({k: v for k, v in values.items() if k not in ABOUT_IT})
-    said = "; ".join(" ".join(line.split()) for line in lines[:FIRST_LINES])
-    said = said or ", ".join(f"{name} {value}" for name, value in scalars[:FIRST_LINES])
-    alt = f"{about or values['task']}, of {', '.join(Path(one).name for one in sources) or 'no source'}. {said}"
-    above = pictures.embedded.get(result.picture.resolve())
+    values, above = result.values, pictures.embedded.get(result.picture.resolve())
+    lines = _lines(values)
+    settings = flat(mapping(values.get("settings")))
     return Evaluation(
         name=found.name(result.path),
         task=printable(values["task"]),
-        about=about,
+        about=text(values.get("about")),
         lines=lines,
-        scalars=scalars,
-        picture=None if above else pictures.embed(result.picture, alt),
+        scalars=[] if lines else _scalars(values),
+        picture=None if above else pictures.embed(result.picture, _in_words(values)),
         shown_above=above,
         facts=_facts(values),
-        settings=[(printable(key), text(value)) for key, value in flat(mapping(values.get("settings"))).items()],
+        settings=[(printable(key), text(value)) for key, value in settings.items()],
         command=text(values.get("command")),
     )
+
+
+def _lines(values: dict[str, Any]) -> list[str]:
+    return [printable(line) for line in listed(values.get("lines"))]
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    """What a result's picture shows, for those who do not see it: what it is about, of what, and its first lines."""
+    sources = ", ".join(Path(text(one)).name for one in listed(values.get("source"))) or "no source"
+    lines = [" ".join(line.split()) for line in _lines(values)]
+    said = (lines or [f"{name} {value}" for name, value in _scalars(values)])[:FIRST_LINES]
+    return f"{text(values.get('about')) or values['task']}, of {sources}. {'; '.join(said)}"
 
 
 def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
     """How and on what it was made."""
     seconds = number_of(values.get("seconds"))
-    data = [
-        (
-            f"{split} images",
-            f"{mapping(values[split]).get('images', '')} of {text(mapping(values[split]).get('where'))}",
-        )
-        for split in ("train", "val")
-        if isinstance(values.get(split), dict)
-    ]
+    splits = {split: values[split] for split in ("train", "val") if isinstance(values.get(split), dict)}
+    data = [(f"{name} images", f"{text(of.get('images'))} of {text(of.get('where'))}") for name, of in splits.items()]
     versions = ", ".join(f"{name} {version}" for name, version in mapping(values.get("versions")).items())
     said = [
         ("sources", ", ".join(text(one) for one in listed(values.get("source")))),
@@ -129,7 +135,7 @@ def _scalars(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Of what it found, the plain numbers and texts; shares in percent where they are accuracies."""
     found = []
     for key, value in values.items():
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
+        if key not in ABOUT_IT and isinstance(value, str | int | float) and not isinstance(value, bool):
             share = "top" in key and isinstance(value, float) and math.isfinite(value)
             found.append((printable(key), f"{100 * value:.2f} %" if share else text(value)))
     return found
@@ -138,12 +144,6 @@ def _scalars(values: dict[str, Any]) -> list[tuple[str, str]]:
 def paper(file: FileFound, found: Found, pictures: Pictures) -> dict[str, Any]:
     """A paper's tables, findings, figures and commands."""
     values = file.values
-    figures = []
-    for one in map(mapping, listed(values.get("figures"))):
-        alt = f"{text(one.get('name'))}: {text(one.get('about'))}"
-        path = one.get("picture")
-        picture = pictures.embed(file.path.parent / path, alt) if isinstance(path, str) else None
-        figures.append({"name": text(one.get("name")), "about": text(one.get("about")), "picture": picture})
     commands = [
         {
             "name": text(one.get("name")),
@@ -159,10 +159,20 @@ def paper(file: FileFound, found: Found, pictures: Pictures) -> dict[str, Any]:
         **{key: text(values.get(key)) for key in ("source", "scale", "date", "command")},
         "tables": [_table(mapping(one)) for one in listed(values.get("tables"))],
         "findings": [_finding(mapping(one)) for one in listed(values.get("findings"))],
-        "figures": figures,
+        "figures": [_figure(mapping(one), file, found, pictures) for one in listed(values.get("figures"))],
         "commands": commands,
         "states": [(state, sum(one["state"] == state for one in commands)) for state in ("done", "failed", "missing")],
     }
+
+
+def _figure(figure: dict[str, Any], file: FileFound, found: Found, pictures: Pictures) -> dict[str, Any]:
+    """A paper's figure; its alternative text says what its result says, where that is among the results."""
+    name, about = text(figure.get("name")), text(figure.get("about"))
+    place = os.path.abspath(file.path.parent / str(figure.get("result")))
+    shown = next((_in_words(one.values) for one in found.results if os.path.abspath(one.path) == place), about)
+    path = figure.get("picture")
+    picture = pictures.embed(file.path.parent / path, f"{name}: {shown}") if isinstance(path, str) else None
+    return {"name": name, "about": about, "picture": picture}
 
 
 def _table(table: dict[str, Any]) -> dict[str, Any]:
