@@ -15,8 +15,8 @@ from fasttrain.report.collect import Found, RunFound, mapping
 ACCURACIES = {"knn_top1": "kNN %", "clean_top1": "clean %", "robust_top1": "robust %"}
 SETTINGS = 8
 "Columns of settings that are shown at once; the others by a click."
-SECTIONS = ("script", "source", "terms", "fare", "attack", "run", "optimizer", "data", "model", "train")
-"Of settings, those first that runs are told apart by."
+SECTIONS = ("script", "source", "terms", "fare", "attack", "run.seed", "optimizer", "data", "model", "train")
+"Settings, or sections of them, that runs are told apart by: they come first."
 NOT_TOLD = ("run.dir",)
 "Settings that differ between any two runs and say nothing."
 
@@ -88,8 +88,8 @@ def differing(runs: Sequence[RunFound]) -> dict[str, list[Any]]:
 
 
 def _rank(key: str) -> int:
-    section = key.partition(".")[0]
-    return SECTIONS.index(section) if section in SECTIONS else len(SECTIONS)
+    """Of a setting, where it stands among the others."""
+    return next((i for i, first in enumerate(SECTIONS) if f"{key}.".startswith(f"{first}.")), len(SECTIONS))
 
 
 def _differ(values: list[Any]) -> bool:
