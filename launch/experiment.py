@@ -6,10 +6,10 @@
   python launch/experiment.py … print=tables                           of what is there
   python launch/experiment.py … 'only=[simclr-*]' seeds=[0,1]          a part of it
 
-What is done is passed over, what was begun goes on: the same command again does what is missing. Each run and evaluation
-is a command of its own, with a folder and a log; one that fails does not stop the others, and is named at the end (code
-1). Ctrl-C, SIGTERM and SIGUSR1 let what is under way save itself, and end with code 75. The tables are printed and
-written to tables.md and experiment.json in the experiment's folder; launch/report.py makes a page of it.
+What is done is passed over, what was begun goes on: the same command again does what is missing. Each run and
+evaluation is a command of its own, with a folder and a log; one that fails does not stop the others, and is named at
+the end (code 1). Ctrl-C, SIGTERM and SIGUSR1 let what is under way save itself, and end with code 75. The tables are printed
+and written to tables.md and experiment.json in the experiment's folder; launch/report.py makes a page of it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,11 @@ from fasttrain.output import try_output, write_output
 from fasttrain.printable import printable
 
 ELSEWHERE = "choose another place with folder=…"
-STATES = ("done", "failed", "missing")
 
 
 def experiment(recipe: Recipe) -> int:
     plan = Plan(recipe)
-    found = tables.tables_of(plan)  # a table that cannot be made is said before the work
-    for finding in recipe.findings:
-        tables.verdict(finding, found)
+    tables.verdicts_of(plan, tables.tables_of(plan))  # a table that cannot be made is said before the work
     for job in plan.jobs.values():
         check(job)
     for name, why in plan.absent.items():
@@ -86,7 +83,7 @@ def print_commands(plan: Plan, now_only: bool) -> int:
 def report(plan: Plan, outcomes: dict[str, queue.Outcome]) -> None:
     """Print and write the tables; name what failed and what is missing."""
     found = tables.tables_of(plan)
-    verdicts = [tables.verdict(finding, found) for finding in plan.recipe.findings]
+    verdicts = tables.verdicts_of(plan, found)
     text = tables.markdown(plan, found, verdicts)
     print(text, flush=True)
     facts: dict[str, Any] = tables.summary(plan, found, verdicts)

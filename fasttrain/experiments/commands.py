@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fasttrain.errors import UsageError
 from fasttrain.experiments.recipe import EvaluationRecipe, Recipe, RunRecipe, ScaleRecipe
 
-VARIABLE = re.compile(r"\{([A-Za-z_]\w*)\}")
+VARIABLE = re.compile(r"\{([^\W\d]\w*)\}")
 PLAIN = re.compile(r"[\w./+~-]+")
 
 Variables = Mapping[str, str | None]
@@ -130,7 +130,9 @@ class Plan:
         folder = self.folder / f"{name}_{seed}"
         settings |= {"run.seed": seed, "run.dir": str(folder)}
         arguments += [f"{key}={text_of(value)}" for key, value in settings.items()]
-        return Job(f"{name}_{seed}", run.script, self._launcher(run.script), arguments, folder, needs, self.labels[name])
+        return Job(
+            f"{name}_{seed}", run.script, self._launcher(run.script), arguments, folder, needs, self.labels[name]
+        )
 
     def _expanded_evaluations(self) -> Iterator[Job]:
         for template, evaluation in self.recipe.evaluations.items():
@@ -147,9 +149,7 @@ class Plan:
                 waits = [job.name for other in needs for job in self.results[other]]
                 if evaluation.apart:
                     found = {f"{name}-{run}": jobs for run, jobs in runs.items()}
-                    single = {
-                        f"{name}-{job.name}": (called, [job]) for called, jobs in found.items() for job in jobs
-                    }
+                    single = {f"{name}-{job.name}": (called, [job]) for called, jobs in found.items() for job in jobs}
                 else:
                     single = {name: (name, [job for jobs in runs.values() for job in jobs])}
                 for one, (called, jobs) in single.items():
@@ -204,7 +204,9 @@ class Plan:
     def _keep(self, only: list[str]) -> None:
         wanted: set[str] = set()
         for pattern in only:
-            found = [n for n, job in self.jobs.items() if fnmatchcase(n, pattern) or fnmatchcase(unseeded(job), pattern)]
+            found = [
+                n for n, job in self.jobs.items() if fnmatchcase(n, pattern) or fnmatchcase(unseeded(job), pattern)
+            ]
             if not found:
                 raise UsageError(f"only=[{pattern}]: nothing is called so; there are {', '.join(self.jobs)}")
             wanted |= set(found)
@@ -300,4 +302,4 @@ def from_here(path: Path) -> str:
     return os.path.relpath(absolute, here) if absolute.startswith(here + os.sep) else absolute
 
 
-__all__ = ["Job", "Plan", "filled", "from_here", "text_of", "unseeded"]
+__all__ = ["Job", "Plan", "filled", "from_here", "text_of", "unseeded", "wild"]

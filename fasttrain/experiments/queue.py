@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -17,6 +18,11 @@ from typing import Any, NamedTuple
 from fasttrain.experiments.commands import Job, Plan
 from fasttrain.experiments.results import is_done
 from fasttrain.printable import printable
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SENT_ON = {signal.SIGUSR1: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+"As what, where not as it came: launchers know these."
+PR_SET_PDEATHSIG = 1
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -71,7 +77,9 @@ class Queue:
                 if lacking:
                     found[job.name] = Outcome("missing", why=f"needs {', '.join(lacking)}")
                     continue
-                self.say(f"[{before + number + 1}/{len(found)}] {job.name}{self._left(began, ran, len(waiting) - number)}")
+                self.say(
+                    f"[{before + number + 1}/{len(found)}] {job.name}{self._left(began, ran, len(waiting) - number)}"
+                )
                 found[job.name] = self._run(job)
                 ran += 1
                 if found[job.name].state == "failed" and not self.stopped:
@@ -98,7 +106,13 @@ class Queue:
             file.flush()
             try:
                 self._child = subprocess.Popen(
-                    job.words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+                    job.words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,  # a signal reaches it from here, once
+                    preexec_fn=_end_with_parent,
                 )
             except OSError as error:
                 return Outcome("failed", 0.0, f"{job.words[0]}: {error.strerror}")
@@ -123,21 +137,26 @@ class Queue:
 
     @contextmanager
     def _heeding_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 go on to what is under way; Ctrl-C it gets by itself."""
+        """What ends this goes on to all processes of what is under way, which save themselves."""
 
         def heed(number: int, _: Any) -> None:
-            again, self.stopped = self.stopped, True
-            child = self._child
-            if child is not None and (number != signal.SIGINT or again):
+            self.stopped = True
+            if self._child is not None:
                 with suppress(ProcessLookupError):
-                    child.send_signal(signal.SIGTERM if number == signal.SIGUSR1 else number)
+                    os.killpg(self._child.pid, SENT_ON.get(signal.Signals(number), number))
 
-        before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, heed) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes another program: have the kernel send SIGTERM when the parent is killed."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _show(line: str) -> None:

@@ -35,13 +35,13 @@ class RunRecipe(Config):
     "which of launch/ trains it"
     config: PathText | None = None
     "its YAML file, from here or from configs/"
-    needs: list[str] = []
+    needs: list[str] = Field([])
     "places of data; where one is not given the run is left out, and what is of it alone"
     source: str | None = None
     "finetune: the name of the run that it starts from (of the same seed), or anyone's weights"
-    each: dict[str, list[str]] = {}
+    each: dict[str, list[str]] = Field({})
     "variables, each with its values; a run for each combination"
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     "settings"
     label: str | None = None
     "what it is called in tables and pictures; null: its name"
@@ -59,11 +59,11 @@ class EvaluationRecipe(Config):
     apart: bool = False
     """a command for each run and seed, of tasks that take one source (knn, linear, robust); tables find its results,
     those of all seeds together, under <name>-<run>"""
-    needs: list[str] = []
+    needs: list[str] = Field([])
     "names of evaluations that must be done before"
-    each: dict[str, list[str]] = {}
+    each: dict[str, list[str]] = Field({})
     "variables, each with its values; an evaluation for each combination"
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     "settings"
 
 
@@ -91,7 +91,7 @@ class TableRecipe(Config):
     "by name"
     rows: dict[str, dict[str, str]] = Field(min_length=1)
     "by name, the variables' values in it"
-    paper: dict[str, list[float | None]] = {}
+    paper: dict[str, list[float | None]] = Field({})
     "by row, the paper's values in the order of the columns"
     note: str | None = None
     "below it"
@@ -113,21 +113,23 @@ class ScaleRecipe(Config):
 
     about: str = ""
     "what it takes"
-    constants: dict[str, str] = {}
+    constants: dict[str, str] = Field({})
     "values of constants, instead of the recipe's"
     seeds: list[int] = Field([0], min_length=1)
     "of every run"
-    needs: list[str] = []
+    needs: list[str] = Field([])
     "places of data that must be given"
-    each: dict[str, list[str]] = {}
+    each: dict[str, list[str]] = Field({})
     "which values of a variable are left; of one that is not named, all"
-    set: dict[str, dict[str, Any]] = {}
+    set: dict[str, dict[str, Any]] = Field({})
     """settings over those of runs and evaluations, by pretrain, finetune, eval, a task, or names (* and ? stand for
     anything); later ones hold"""
-    without: list[str] = []
+    without: list[str] = Field([])
     "names of runs and evaluations (* and ? stand for anything) that are left out"
-    launch: dict[str, str] = {}
+    launch: dict[str, str] = Field({})
     "what starts pretrain, finetune and eval; python where it says nothing"
+    findings: bool = True
+    "whether the paper's claims are looked for"
 
 
 class Recipe(Config):
@@ -144,28 +146,28 @@ class Recipe(Config):
     folder: PathText = "runs/{name}-{scale}"
     "where runs and results go"
     print: Literal["commands", "all", "tables"] | None = None
-    """null: run what is not done; commands: print what can be run now, a line each, for a queue; all: print what is
-    not done in the order it must be run in; tables: print the tables of what is there"""
+    """null: run what is not done; commands: print what can be run now, a line each, for a queue; all: print what is not
+    done in the order it must be run in; tables: print the tables of what is there"""
     only: list[str] | None = None
     "names of runs and evaluations (* and ? stand for anything) that are wanted, and what they need; null: all"
     seeds: list[int] | None = None
     "of every run; null: the scale's"
-    launch: dict[str, str] = {}
-    """what starts pretrain, finetune and eval (launch.pretrain="torchrun --nproc-per-node 8"), instead of what the scale
-    says"""
-    data: dict[str, PathText | None] = {"root": None}
+    launch: dict[str, str] = Field({})
+    """what starts pretrain, finetune and eval, instead of what the scale says:
+    launch.pretrain="torchrun --nproc-per-node 8" """
+    data: dict[str, PathText | None] = Field({"root": None})
     "places of data sets, by name; root is the one that runs train on"
-    constants: dict[str, str] = {}
+    constants: dict[str, str] = Field({})
     "variables of one value, for names and settings"
-    runs: dict[str, RunRecipe] = {}
+    runs: dict[str, RunRecipe] = Field({})
     "what is trained, by name"
-    evaluations: dict[str, EvaluationRecipe] = {}
+    evaluations: dict[str, EvaluationRecipe] = Field({})
     "of them, by name"
-    tables: dict[str, TableRecipe] = {}
+    tables: dict[str, TableRecipe] = Field({})
     "of results, by name"
-    figures: dict[str, str] = {}
+    figures: dict[str, str] = Field({})
     "the paper's figures, by name: which evaluation's picture it is"
-    findings: list[Finding] = []
+    findings: list[Finding] = Field([])
     "what the paper claims"
     scales: dict[str, ScaleRecipe] = Field({"paper": ScaleRecipe()}, min_length=1)
     "by name"

@@ -28,8 +28,8 @@ class Value(NamedTuple):
 def is_done(job: Job, jobs: dict[str, Job]) -> bool:
     """Whether what the very command gives is there, made of what it needs as that is now.
 
-    A run says so in its ``environment.json``; an evaluation's file holds its command and date, which is not before those
-    of what it was made of.
+    A run says so in its ``environment.json``; an evaluation's file holds its command and its date, which is not before
+    those of what it was made of.
     """
     when = done_at(job)
     if when is None:
@@ -49,9 +49,11 @@ def done_at(job: Job) -> str | None:
 
 
 def _arguments(command: Any) -> list[str] | None:
+    if not isinstance(command, str):
+        return None
     try:
         return shlex.split(command)[1:]
-    except (ValueError, AttributeError):  # of something else
+    except ValueError:  # no shell would read it
         return None
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasttrain.errors import UsageError
-from fasttrain.experiments.commands import Plan, filled
+from fasttrain.experiments.commands import Plan, filled, wild
 from fasttrain.experiments.recipe import Finding, TableRecipe
 from fasttrain.experiments.results import Value, is_done, read, value_of
 
@@ -38,6 +39,7 @@ class Verdict(NamedTuple):
     value: float | None  # of the contrast
     error: float | None  # its standard error; None: a cell is of one value
     unit: str
+    paper: float | None  # the contrast of the paper's values, where it gives them
     why: str | None
 
 
@@ -45,15 +47,17 @@ def tables_of(plan: Plan) -> list[Table]:
     """All tables, of what is done; cells of what is not are empty.
 
     Raises:
-        UsageError: a column's result is of no evaluation, or its value no number; a row has fewer or more of the paper's
-            values than there are columns.
+        UsageError: a column's result is of no evaluation, or its value no number; the paper has values of another row
+            than the table's, or fewer or more of a row than there are columns.
     """
     found = [_table(name, table, plan) for name, table in plan.recipe.tables.items()]
     return [table for table in found if table.rows]
 
 
 def _table(name: str, table: TableRecipe, plan: Plan) -> Table:
-    rows = {}
+    rows: dict[str, list[Cell]] = {}
+    for row in table.paper.keys() - table.rows.keys():
+        raise UsageError(f"tables.{name}.paper: there is no row '{row}'; they are {', '.join(table.rows)}")
     for row, values in table.rows.items():
         if any(value not in plan.scale.each.get(variable, [value]) for variable, value in values.items()):
             continue  # at another scale
@@ -64,7 +68,10 @@ def _table(name: str, table: TableRecipe, plan: Plan) -> Table:
             )
         cells, variables = [], plan.places | values
         for column, theirs in zip(table.columns.values(), paper, strict=True):
-            ours = _value(plan, filled(column.result, variables), filled(column.value, variables), table.factor)
+            result = filled(column.result, variables)
+            if not any(fnmatchcase(result, f"{wild(template)}*") for template in plan.recipe.evaluations):
+                raise UsageError(f"tables.{name}: '{result}' is no evaluation; they are {', '.join(plan.results)}")
+            ours = _value(plan, result, filled(column.value, variables), table.factor)
             cells.append(Cell(ours, theirs))
         rows[row] = cells
     return Table(name, table.title, table.unit, list(table.columns), rows, table.note)
@@ -77,36 +84,57 @@ def _value(plan: Plan, result: str, way: str, factor: float) -> Value | None:
     return value_of([read(job.result) for job in jobs], way, factor)
 
 
-def verdict(finding: Finding, tables: list[Table]) -> Verdict:
+def verdicts_of(plan: Plan, tables: list[Table]) -> list[Verdict]:
+    """Of all findings, where the scale looks for them.
+
+    Raises:
+        UsageError: as :func:`verdict`.
+    """
+    found = [verdict(finding, plan, tables) for finding in plan.recipe.findings]
+    return found if plan.scale.findings else []
+
+
+def verdict(finding: Finding, plan: Plan, tables: list[Table]) -> Verdict:
     """Whether Σ coefficient · cell is as the paper claims.
 
     The standard error is √Σ (coefficient · sd)² / n. What lies within two of them of the border cannot be told.
 
     Raises:
-        UsageError: a cell's name has not three parts.
+        UsageError: a cell that no table has at any scale.
     """
-    value, squares, unit = 0.0, 0.0, ""
-    for name, coefficient in finding.contrast.items():
-        parts = name.split("/")
-        if len(parts) != 3:
-            raise UsageError(f"findings: '{name}' is no table/row/column")
-        table = next((table for table in tables if table.name == parts[0]), None)
-        cell = _cell(table, *parts[1:])
-        if table is None or cell is None:
-            return Verdict(finding.claim, None, None, None, unit, f"{name} is not there")
-        value, unit = value + coefficient * cell.mean, table.unit
-        squares += math.nan if cell.sd is None else (coefficient * cell.sd) ** 2 / cell.n
+    cells = {name: _cell(name, plan, tables) for name in finding.contrast}
+    unit = plan.recipe.tables[next(iter(cells)).partition("/")[0]].unit
+    paper, value, squares = 0.0, 0.0, 0.0
+    for name, cell in cells.items():
+        coefficient = finding.contrast[name]
+        if cell.ours is None:
+            return Verdict(finding.claim, None, None, None, unit, None, f"{name} is not there")
+        value += coefficient * cell.ours.mean
+        paper += math.nan if cell.paper is None else coefficient * cell.paper
+        squares += math.nan if cell.ours.sd is None else (coefficient * cell.ours.sd) ** 2 / cell.ours.n
     error = None if math.isnan(squares) else math.sqrt(squares)
+    theirs = None if math.isnan(paper) else paper
     margin = value if finding.within is None else finding.within - abs(value)
     if error is not None and abs(margin) <= 2 * error:
-        return Verdict(finding.claim, None, value, error, unit, "within two standard errors")
-    return Verdict(finding.claim, margin > 0, value, error, unit, None if error is not None else "of one seed each")
+        return Verdict(finding.claim, None, value, error, unit, theirs, "within two standard errors of the border")
+    return Verdict(finding.claim, margin > 0, value, error, unit, theirs, None if error is not None else "of one seed")
 
 
-def _cell(table: Table | None, row: str, column: str) -> Value | None:
-    if table is None or row not in table.rows or column not in table.columns:
-        return None
-    return table.rows[row][table.columns.index(column)].ours
+def _cell(name: str, plan: Plan, tables: list[Table]) -> Cell:
+    """An empty one where there is none at the scale.
+
+    Raises:
+        UsageError: there is none at any.
+    """
+    table, _, rest = name.partition("/")
+    row, _, column = rest.partition("/")
+    recipe = plan.recipe.tables.get(table)
+    if recipe is None or row not in recipe.rows or column not in recipe.columns:
+        raise UsageError(f"findings: '{name}' is no table/row/column of {', '.join(plan.recipe.tables) or 'any table'}")
+    for one in tables:
+        if one.name == table and row in one.rows:
+            return one.rows[row][one.columns.index(column)]
+    return Cell(None, None)
 
 
 def markdown(plan: Plan, tables: list[Table], verdicts: list[Verdict]) -> str:
@@ -128,7 +156,7 @@ def _rows(table: Table) -> list[str]:
     head = [table.title.partition(":")[0], *[f"{column} ({table.unit})" for column in table.columns]]
     rows = [head, ["---"] * len(head)]
     rows += [[name, *map(shown, cells)] for name, cells in table.rows.items()]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
 
 
 def shown(cell: Cell) -> str:
@@ -143,8 +171,9 @@ def said(verdict: Verdict) -> str:
     if verdict.value is None:
         return f"{word}: {verdict.claim} ({verdict.why})"
     error = f" ± {verdict.error:.2f}" if verdict.error is not None else ""
+    paper = f", paper {verdict.paper:+.2f}" if verdict.paper is not None else ""
     why = f"; {verdict.why}" if verdict.why else ""
-    return f"{word}: {verdict.claim} ({verdict.value:+.2f}{error} {verdict.unit}{why})"
+    return f"{word}: {verdict.claim} ({verdict.value:+.2f}{error} {verdict.unit}{paper}{why})"
 
 
 def figures(plan: Plan) -> list[tuple[str, Path, Path]]:
@@ -198,4 +227,16 @@ def _plain(cell: Cell) -> dict[str, Any] | None:
     return {**ours, "paper": cell.paper}
 
 
-__all__ = ["Cell", "Table", "Verdict", "figures", "markdown", "said", "shown", "summary", "tables_of", "verdict"]
+__all__ = [
+    "Cell",
+    "Table",
+    "Verdict",
+    "figures",
+    "markdown",
+    "said",
+    "shown",
+    "summary",
+    "tables_of",
+    "verdict",
+    "verdicts_of",
+]
