@@ -1,6 +1,6 @@
 """The picture of a run, ``curves.png``, made of what it reported::
 
-    loss            the weighted sum of the terms; each report is of one batch: faint, their moving mean strong
+    loss            the weighted sum of the terms; each report, of one step, faint and their moving mean strong
     terms           where there are several or one has a penalty: unweighted, the penalty λ/2 R in a panel of its own
     accuracies      in percent from 0, over what the encoder had before training and what a guess has
     learning rate   as scheduled
@@ -107,7 +107,8 @@ def _losses(lines: Lines, settings: Settings) -> list[Panel]:
     terms = {name: None for line in lines for name in line if name.startswith("loss/")}
     if not terms:
         one = next(iter(settings.get("terms", {})), "")
-        return [partial(_loss, of=total, title=f"loss, {one}" if one else "loss", unit=_unit(one, settings))]
+        title = f"loss, {one}{_weight(one, settings)}" if one else "loss"
+        return [partial(_loss, of=total, title=title, unit=_unit(one, settings))]
     found = [partial(_loss, of=total, title="loss, the weighted sum", unit="loss")]
     for key in terms:
         name = key.removeprefix("loss/")
@@ -149,10 +150,10 @@ def _loss(axis: Axes, of: Series, title: str, unit: str) -> None:
     if window > 1:
         axis.plot(of.steps, of.values, color=color, alpha=0.25, linewidth=0.8)
         axis.plot(of.steps, smoothed(of.values, window), color=color)
-        drawn = f"strong: mean of {window} reports; faint: each, of one batch"
+        drawn = f"strong: mean of {window} reports; faint: each, of one step"
     else:
         axis.plot(of.steps, of.values, color=color)
-        drawn = "each report, of one batch"
+        drawn = "each report, of one step"
     axis.set_title(f"{fill(printable(title), WIDE)}\n{drawn}", fontsize="small", parse_math=False)
     _points(axis, of, color)
     _scale(axis, of, unit)

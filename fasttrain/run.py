@@ -4,7 +4,7 @@
 
     <run.dir>/
       config.yaml         the resolved configuration of the last start
-      environment.json    each start: command, step, machine, hosts, versions, code; when it was done
+      environment.json    each start: command, step, hosts, machines, versions, code; when it was done
       lock                held while a run lives
       checkpoints/        step-00000500/ ..., latest
       metrics.jsonl       one JSON object a line: a training report or an evaluation, each with its step

@@ -13,6 +13,7 @@ from fasttrain import plots
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.logged import smoothed
 from fasttrain.figures import png
+from tests.test_launch import metrics, pretrain_here
 
 TERMS = {"terms": {"simclr": {"objective": "nt_xent", "weight": 1.0}, "sup": {"objective": "sup_con", "weight": 0.5}}}
 ONE = {"terms": {"simclr": {"objective": "nt_xent", "weight": 1.0}}, "model": {"weights": None}}
@@ -83,14 +84,16 @@ def test_there_is_no_baseline_where_none_was_measured(first):
 
 
 def test_losses_are_drawn_raw_and_smoothed_over_a_window_that_is_stated():
-    values = [2 + math.sin(step) for step in range(1, 101)]
-    axis = axes([report(step, value) for step, value in enumerate(values, 1)], ONE)["loss, simclr: nt_xent (nats)"]
+    lines = [report(step, 2 + math.sin(step)) for step in range(1, 101)]
+    name, points = "loss, simclr (weight 1.0): nt_xent (nats)", [(line["step"], line["loss"]) for line in lines]
+    axis = axes(lines, ONE)[name]
     raw, strong = axis.lines[:2]
-    assert drawn(axis) == list(enumerate(values, 1)) and raw.get_alpha() < 0.5
-    torch.testing.assert_close(torch.as_tensor(strong.get_ydata()), smoothed(torch.tensor(values).double(), 5))
+    assert drawn(axis) == points and raw.get_alpha() < 0.5
+    expected = smoothed(torch.tensor([value for _, value in points]).double(), 5)
+    torch.testing.assert_close(torch.as_tensor(strong.get_ydata()), expected)
     assert strong.get_alpha() is None and "mean of 5 reports" in axis.get_title() and axis.get_ylim()[0] == 0
-    few = axes([report(step, value) for step, value in enumerate(values[:10], 1)], ONE)["loss, simclr: nt_xent (nats)"]
-    assert few.get_title().endswith("each report, of one batch") and drawn(few) == drawn(few, 1)
+    few = axes(lines[:10], ONE)[name]
+    assert few.get_title().endswith("each report, of one step") and drawn(few) == drawn(few, 1) == points[:10]
 
 
 def test_each_term_and_each_penalty_has_a_panel_that_says_its_weight():
@@ -159,8 +162,23 @@ def test_a_folder_is_enough(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("- [")
     plots.curves(tmp_path, 10)
     titles = [picture.axes[0].get_title().split("\n")[0] for picture in seen]
-    assert titles == ["loss, simclr", "loss"]
+    assert titles == ["loss, simclr (weight 1.0)", "loss"]
     (tmp_path / "curves.png").unlink()
     (tmp_path / "curves.png").mkdir()
     with pytest.raises(UsageError, match=r"curves\.png.*free space"):
         plots.curves(tmp_path)
+
+
+def test_a_run_reports_a_penalty_apart_and_shows_it_over_the_guess_of_its_data(images, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plots, "png", lambda picture: seen.append(picture) or b"")
+    given = ["train.steps=2", "terms.simclr.penalty.weight=1e-3", "optimizer.lr=1e-3", "evaluate.knn.neighbours=2"]
+    assert pretrain_here(f"data.root={images}", f"run.dir={tmp_path}", *given) == 0
+    first, *reports, last = metrics(tmp_path)
+    assert all(line["loss"] == line["loss/simclr"] > line["penalty/simclr"] > 0 for line in reports)
+    panels = {axis.get_title().split("\n")[0] or axis.get_ylabel(): axis for axis in seen[0].axes}
+    expected = [line["loss"] - line["penalty/simclr"] for line in reports]
+    assert [value for _, value in drawn(panels["simclr, its penalty apart (weight 1.0)"])] == expected
+    shares = panels["kNN accuracy (%)"]
+    assert [value for _, value in drawn(shares)] == [100 * line["knn_top1"] for line in (first, last)]
+    assert legend(shares)[-1] == "a guess among 2 classes: 50.0 %"
