@@ -8,8 +8,8 @@
 
 What is done is passed over, what was begun goes on: the same command again does what is missing. Each run and
 evaluation is a command of its own, with a folder and a log; one that fails does not stop the others, and is named at
-the end (code 1). Ctrl-C, SIGTERM and SIGUSR1 let what is under way save itself, and end with code 75. The tables are printed
-and written to tables.md and experiment.json in the experiment's folder; launch/report.py makes a page of it.
+the end (code 1). Ctrl-C, SIGTERM and SIGUSR1 let what is under way save itself, and end with code 75. The tables are
+printed and written to tables.md and experiment.json in the experiment's folder; launch/report.py makes a page of it.
 """
 
 from __future__ import annotations

@@ -65,34 +65,34 @@ class Queue:
     def run(self) -> dict[str, Outcome]:
         """All of it; where a signal ends it, what was under way has saved itself and the same command goes on."""
         found = outcomes(self.plan)
-        waiting = [job for name, job in self.plan.jobs.items() if found[name].state != "done"]
-        if before := len(found) - len(waiting):
+        if before := sum(outcome.state == "done" for outcome in found.values()):
             self.say(f"{before} of {len(found)} are done")
         began, ran = time.monotonic(), 0
         with self._heeding_signals():
-            for number, job in enumerate(waiting):
+            for number, (name, job) in enumerate(self.plan.jobs.items(), 1):
                 if self.stopped:
                     break
-                lacking = [name for name in job.needs if found[name].state != "done"]
-                if lacking:
-                    found[job.name] = Outcome("missing", why=f"needs {', '.join(lacking)}")
+                if is_done(job, self.plan.jobs):
                     continue
-                self.say(
-                    f"[{before + number + 1}/{len(found)}] {job.name}{self._left(began, ran, len(waiting) - number)}"
-                )
-                found[job.name] = self._run(job)
+                lacking = [other for other in job.needs if found[other].state != "done"]
+                if lacking:
+                    found[name] = Outcome("missing", why=f"needs {', '.join(lacking)}")
+                    continue
+                self.say(f"[{number}/{len(found)}] {name}{self._left(began, ran, found)}")
+                found[name] = self._run(job)
                 ran += 1
-                if found[job.name].state == "failed" and not self.stopped:
-                    self.say(f"    failed: {found[job.name].why}; its log: {printable(str(self.log_of(job)))}")
+                if found[name].state == "failed" and not self.stopped:
+                    self.say(f"    failed: {found[name].why}; its log: {printable(str(self.log_of(job)))}")
         return found
 
     def log_of(self, job: Job) -> Path:
         """Where what it says goes."""
         return self.plan.folder / "logs" / f"{job.name}.log"
 
-    def _left(self, began: float, ran: int, waiting: int) -> str:
+    def _left(self, began: float, ran: int, found: dict[str, Outcome]) -> str:
         if not ran:
             return ""
+        waiting = sum(outcome.state == "missing" for outcome in found.values())
         minutes = (time.monotonic() - began) / ran * waiting / 60
         return f"  (about {minutes:.0f} min left)" if minutes >= 1 else ""
 
