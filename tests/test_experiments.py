@@ -155,6 +155,8 @@ def test_what_a_person_gives_is_over_the_scale(toy):
     assert list(plan.jobs) == ["plain-0_7", "tuned_7"]  # and what it needs
     assert plan.jobs["plain-0_7"].line.startswith("torchrun --nproc-per-node 8 launch/pretrain.py")
     assert plan.jobs["tuned_7"].result == Path("x/tuned_7")
+    toy.write_text(RECIPE.replace("tuned: {script: finetune, ", "tuned: {"))
+    assert planned(toy, "scale=tiny").jobs["tuned_3"].arguments[0] == "model.weights=runs/toy-tiny/plain-0_3"
     plan = planned(toy, "scale=tiny", "data.other=/data/other")
     assert "data.root=/data/other" in plan.jobs["labels"].arguments
     assert [a for a in plan.jobs["elsewhere_3"].arguments if a.startswith("data.root")] == ["data.root=/data/other"]
@@ -168,11 +170,14 @@ def test_what_a_person_gives_is_over_the_scale(toy):
         ({}, ["scale=tiny", "only=[nobody]"], "only=[nobody]: nothing is called so; there are plain-0_3"),
         ({"plain-*": "plein-*"}, ["scale=tiny"], "evaluations.labels: no run is called 'plein-*'; they are plain-0"),
         ({"needs: [labels]": "needs: [lables]"}, ["scale=tiny"], "evaluations.course needs 'lables', and none before"),
-        ({'"{λ}"}}}': '"{μ}"}}}'}, ["scale=tiny"], "'{μ}': {μ} stands for nothing here ({folder}, {lr}, "),
-        ({"finetune, source: plain-0": "finetune"}, ["scale=tiny"], "runs.tuned is a fine-tuning without source"),
+        ({'"{λ}"}}}': '"{μ}"}}}'}, ["scale=tiny"], "'{μ}': {μ} stands for nothing here ({folder}"),
+        ({"plain-1: {train": "plein-1: {train"}, ["scale=tiny"], "scales.tiny.set: nothing is called 'plein-1'"),
+        ({}, ["scale=tiny", "data.others=x"], "data.others is given, and nothing reads it"),
+        ({}, ["scale=tiny", "launch.train=x"], "launch.train is given, and nothing reads it"),
+        ({"constants: {lr: 1e-2}": "constants: {rl: 1}"}, ["scale=tiny"], "scales.tiny.constants.rl is given, and noth"),
         ({"tuned: {": "'a/b': {"}, ["scale=tiny"], "runs: 'a/b' names a folder: give a name without /"),
         ({"of: [tuned]": "of: [tuned], each: {n: [1, 2]}"}, ["scale=tiny"], "two jobs are called 'knn-tuned_3'"),
-        ({"elsewhere: {": "elsewhere: {config: no.yaml, "}, ["scale=tiny", "data.other=x"], "config: no.yaml: there is no"),
+        ({"elsewhere: {": "elsewhere: {config: no.yaml, "}, ["scale=tiny", "data.other=x"], "config: no.yaml: there"),
         ({"result: labels": "result: lebals"}, ["scale=tiny"], "tables.table1: 'lebals' is no evaluation; they are "),
         ({"[50, null]": "[50]"}, ["scale=tiny"], "tables.table1.paper: 'zero' has 1 values for 2 columns"),
         ({"paper: {zero": "paper: {two"}, ["scale=tiny"], "tables.table1.paper: there is no row 'two'; they are"),

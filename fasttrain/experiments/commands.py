@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasttrain.errors import UsageError
-from fasttrain.experiments.recipe import EvaluationRecipe, Recipe, RunRecipe, ScaleRecipe
+from fasttrain.experiments.recipe import SCRIPTS, EvaluationRecipe, Recipe, RunRecipe, ScaleRecipe
 
 VARIABLE = re.compile(r"\{([^\W\d]\w*)\}")
 PLAIN = re.compile(r"[\w./+~-]+")
@@ -61,8 +61,8 @@ class Plan:
     """All jobs of a recipe at its scale, in an order in which they can run.
 
     Raises:
-        UsageError: a name, variable, scale or place that there is not; two jobs of one name; a place that the scale
-            needs and nothing gives.
+        UsageError: a name, variable, scale or place that there is not, or that nothing reads; two jobs of one name; a
+            place that the scale needs and nothing gives.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -76,14 +76,14 @@ class Plan:
         self.folder = Path(filled(recipe.folder, {"name": recipe.name, "scale": recipe.scale}))
         self.seeds = recipe.seeds or self.scale.seeds
         self.absent: dict[str, str] = {}  # what is left out for want of data, and why
-        self.labels: dict[str, str] = {}  # of runs, by their name without the seed
-        self._runs: dict[str, list[Job]] = {}  # likewise
+        self._runs: dict[str, list[Job]] = {}  # by their name without the seed
         self.results: dict[str, list[Job]] = {}  # of evaluations, by the name that tables know
         self.jobs: dict[str, Job] = {}
         for job in itertools.chain(self._expanded_runs(), self._expanded_evaluations()):
             if job.name in self.jobs:
                 raise UsageError(f"two jobs are called '{job.name}': give them names that differ")
             self.jobs[job.name] = job
+        self._check_that_all_is_read()
         if recipe.only is not None:
             self._keep(recipe.only)
 
@@ -107,32 +107,29 @@ class Plan:
                     self.absent[name] = f"data.{absent[0]} is not given"
                 if absent or left_out(self.scale, name):
                     continue
-                self.labels[name] = filled(run.label or name, self.places | values)
                 self._runs[name] = [self._run(name, run, values, seed) for seed in self.seeds]
                 yield from self._runs[name]
 
     def _run(self, name: str, run: RunRecipe, values: dict[str, str], seed: int) -> Job:
         variables = self.places | values | {"seed": str(seed)}
-        arguments, needs = [], ()
+        arguments: list[str] = []
+        needs: tuple[str, ...] = ()
         if run.config is not None:
             arguments.append(from_here(find_config(filled(run.config, variables))))
-        if run.script == "finetune":
-            if run.source is None:
-                raise UsageError(f"runs.{name} is a fine-tuning without source: say which run it starts from")
+        if run.source is not None:
             source = filled(run.source, variables)
             if source in self._runs:
                 job = self._runs[source][self.seeds.index(seed)]
                 source, needs = str(job.result), (job.name,)
-            arguments.append(f"source={source}")
+            arguments.append(f"{SOURCE[run.script]}={source}")
         settings = self._settings(run.set, variables, run.script, name)
         if self.recipe.data.get("root") is not None:
             settings = {"data.root": self.recipe.data["root"]} | settings
         folder = self.folder / f"{name}_{seed}"
         settings |= {"run.seed": seed, "run.dir": str(folder)}
         arguments += [f"{key}={text_of(value)}" for key, value in settings.items()]
-        return Job(
-            f"{name}_{seed}", run.script, self._launcher(run.script), arguments, folder, needs, self.labels[name]
-        )
+        label = filled(run.label or name, variables)
+        return Job(f"{name}_{seed}", run.script, self._launcher(run.script), arguments, folder, needs, label)
 
     def _expanded_evaluations(self) -> Iterator[Job]:
         for template, evaluation in self.recipe.evaluations.items():
@@ -201,6 +198,38 @@ class Plan:
     def _launcher(self, script: str) -> str:
         return self.recipe.launch.get(script) or self.scale.launch.get(script) or "python"
 
+    def _check_that_all_is_read(self) -> None:
+        """
+        Raises:
+            UsageError: a pattern, variable, place or constant that is given, and nothing is meant by it.
+        """
+        recipe, scale = self.recipe, self.scale
+        templates = [*recipe.runs, *recipe.evaluations]
+        names = {
+            *self._runs,
+            *self.jobs,
+            *map(wild, templates),
+            *SCRIPTS,
+            *(e.task for e in recipe.evaluations.values()),
+        }
+        for key, patterns in (("set", scale.set), ("without", scale.without)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) or fnmatchcase(pattern, name) for name in names):
+                    raise UsageError(f"scales.{recipe.scale}.{key}: nothing is called '{pattern}'")
+        variables = {name for part in (*recipe.runs.values(), *recipe.evaluations.values()) for name in part.each}
+        mentioned = set(VARIABLE.findall(json.dumps(recipe.model_dump(), ensure_ascii=False)))
+        given = {name for name, place in recipe.data.items() if place is not None} - {"root"}
+        for key, there, known in (
+            (f"scales.{recipe.scale}.each", scale.each, variables),
+            (f"scales.{recipe.scale}.launch", scale.launch, set(SCRIPTS)),
+            ("launch", recipe.launch, set(SCRIPTS)),
+            ("data", given, mentioned),
+            ("constants", recipe.constants, mentioned),
+            (f"scales.{recipe.scale}.constants", scale.constants, set(recipe.constants)),
+        ):
+            for name in sorted(set(there) - known):
+                raise UsageError(f"{key}.{name} is given, and nothing reads it")
+
     def _keep(self, only: list[str]) -> None:
         wanted: set[str] = set()
         for pattern in only:
@@ -218,6 +247,8 @@ class Plan:
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 CONFIGS = LAUNCH.parent / "configs"
+SOURCE = {"pretrain": "model.weights", "finetune": "source"}
+"The setting that says what a run starts from."
 LEFT_OUT = object()
 
 

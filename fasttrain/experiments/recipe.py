@@ -38,7 +38,7 @@ class RunRecipe(Config):
     needs: list[str] = Field([])
     "places of data; where one is not given the run is left out, and what is of it alone"
     source: str | None = None
-    "finetune: the name of the run that it starts from (of the same seed), or anyone's weights"
+    "what it starts from: the name of a run above (of the same seed), or anyone's weights"
     each: dict[str, list[str]] = Field({})
     "variables, each with its values; a run for each combination"
     set: dict[str, Any] = Field({})
