@@ -174,7 +174,7 @@ def test_what_a_person_gives_is_over_the_scale(toy):
         ({"plain-1: {train": "plein-1: {train"}, ["scale=tiny"], "scales.tiny.set: nothing is called 'plein-1'"),
         ({}, ["scale=tiny", "data.others=x"], "data.others is given, and nothing reads it"),
         ({}, ["scale=tiny", "launch.train=x"], "launch.train is given, and nothing reads it"),
-        ({"constants: {lr: 1e-2}": "constants: {rl: 1}"}, ["scale=tiny"], "scales.tiny.constants.rl is given, and noth"),
+        ({"constants: {lr: 1e-2}": "constants: {rl: 1}"}, ["scale=tiny"], "scales.tiny.constants.rl is given"),
         ({"tuned: {": "'a/b': {"}, ["scale=tiny"], "runs: 'a/b' names a folder: give a name without /"),
         ({"of: [tuned]": "of: [tuned], each: {n: [1, 2]}"}, ["scale=tiny"], "two jobs are called 'knn-tuned_3'"),
         ({"elsewhere: {": "elsewhere: {config: no.yaml, "}, ["scale=tiny", "data.other=x"], "config: no.yaml: there"),
