@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fasttrain import distributed
+from fasttrain import distributed, environment
 from fasttrain.config import Config, describe, doubts, load, to_yaml
 from fasttrain.errors import UsageError, explained
 from fasttrain.watchdog import EXIT_RANK_LOST
@@ -53,7 +53,7 @@ def main(
     (``--local_rank=N``) is ignored in favour of the environment. ``base`` is :func:`fasttrain.config.load`'s.
     """
     _outlive_readers()
-    given = [a for a in sys.argv[1:] if not a.replace("-", "_").startswith("__local_rank=")]
+    given = environment.arguments()
     flags = {a for a in given if a in ("--help", "-h", "--print-config", "--debug")}
     arguments = [a for a in given if a not in flags]
     if flags & {"--help", "-h"}:

@@ -176,13 +176,18 @@ def describe(schema: type[Config], prefix: str = "", values: Config | None = Non
         default = getattr(values, name) if values is not None else field.get_default(call_default_factory=True)
         if is_section(field.annotation):
             lines += describe(field.annotation, f"{prefix}{name}.", default if isinstance(default, Config) else None)
-        elif get_origin(field.annotation) is dict:
-            lines += describe(get_args(field.annotation)[1], f"{prefix}{name}.<name>.", *list(default.values())[:1])
+        elif get_origin(field.annotation) is dict and is_section(get_args(field.annotation)[1]):
+            lines += describe(get_args(field.annotation)[1], f"{prefix}{name}.<name>.", *_first(default))
         else:
             shown = "(required)" if values is None and field.is_required() else json.dumps(default)
             meaning = " ".join((field.description or "").split())
             lines.append(f"  {prefix + name:30s} = {shown:24s} {meaning}".rstrip())
     return lines
+
+
+def _first(parts: Any) -> list[Any]:
+    """Of a section of named parts, a default one, if there is any."""
+    return list(parts.values())[:1] if isinstance(parts, dict) else []
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -203,7 +208,7 @@ def _section_defaults(schema: type[Config], given: dict[str, Any]) -> dict[str, 
         if isinstance(default, Config):
             defaults[name] = default.model_dump()
         elif isinstance(default, dict) and set(given.get(name) or default) <= set(default):
-            defaults[name] = {key: part.model_dump() for key, part in default.items()}
+            defaults[name] = {key: _plain(part) for key, part in default.items()}
     return defaults
 
 

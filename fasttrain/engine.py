@@ -43,6 +43,8 @@ OWNED = {
     "timers": "nothing, since they make the host wait for the GPU in every step;",
 }
 "DeepSpeed's keys that have an owner in our configuration, and which."
+BESIDE_TERMS = ("view/", "penalty/")
+"What a step logs besides its terms' values, under full names."
 
 
 class TrainConfig(Config):
@@ -400,9 +402,9 @@ def train(
             if reports:
                 values = {"epoch": round(done / plan.steps_per_epoch, 3)}
                 values |= {"loss": verdict.loss} if not rejected else {}
-                if len(forward.terms) > 1 and not rejected:  # a view's values come under their own full names
+                if len(forward.terms) > 1 and not rejected:
                     means = distributed.mean(forward.terms)
-                    values |= {n if n.startswith("view/") else f"loss/{n}": value for n, value in means.items()}
+                    values |= {n if n.startswith(BESIDE_TERMS) else f"loss/{n}": value for n, value in means.items()}
                 values |= {"loss_scale": loss_scale.scale} if loss_scale is not None else {}
                 values |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 values |= {"bad_images": run.list_bad_images(loader.bad)} if loader.bad.agree() else {}

@@ -20,6 +20,7 @@ import torch
 import fasttrain
 from fasttrain import distributed
 
+CPUINFO = Path("/proc/cpuinfo")
 DISTRIBUTIONS = {
     "Triton": "triton",
     "NumPy": "numpy",
@@ -36,21 +37,27 @@ DISTRIBUTIONS = {
 def environment() -> dict[str, Any]:
     """What this job is and runs on, as JSON has it; all ranks together, each has it.
 
-    ``command`` with its ``arguments``, ``started`` (UTC), ``ranks``, ``hosts`` (each with its ranks), ``machine`` and
-    ``cpu`` of rank 0's, ``versions``, ``git`` (of fasttrain's code; null: it is no checkout).
+    ``command`` with its ``arguments``, ``cwd`` (that its paths are relative to), ``started`` (UTC), ``slurm_job``
+    (null: SLURM did not start it), ``ranks``, ``hosts`` and ``machines`` (each with its number of ranks), ``machine``,
+    ``cpu`` and ``versions`` (rank 0's), ``git`` (of fasttrain's code; null: it is no checkout).
     """
-    hosts = Counter(distributed.all_gather_object(socket.gethostname()))
-    return {
-        "command": command(),
-        "arguments": arguments(),
-        "started": now(),
-        "ranks": distributed.world_size(),
-        "hosts": dict(hosts),
-        "machine": hardware(),
-        "cpu": processor(),
-        "versions": versions(),
-        "git": git_state(),
-    }
+    hosts, machines = zip(*distributed.all_gather_object([socket.gethostname(), hardware()]), strict=True)
+    return distributed.on_rank_zero(
+        lambda: {
+            "command": command(),
+            "arguments": arguments(),
+            "cwd": folder(),
+            "started": now(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "ranks": distributed.world_size(),
+            "hosts": Counter(hosts),
+            "machine": machines[0],
+            "machines": Counter(machines),
+            "cpu": processor(),
+            "versions": versions(),
+            "git": git_state(),
+        }
+    )
 
 
 def now() -> str:
@@ -65,10 +72,18 @@ def arguments() -> list[str]:
 
 def command() -> str:
     """The script and its arguments, as a shell reads them; not what launched it."""
-    script = Path(sys.argv[0])
-    if script.is_absolute() and script.is_relative_to(Path.cwd()):
-        script = script.relative_to(Path.cwd())
+    script, here = Path(sys.argv[0]), folder()
+    if here is not None and script.is_absolute() and script.is_relative_to(here):
+        script = script.relative_to(here)
     return shlex.join([str(script), *arguments()])
+
+
+def folder() -> str | None:
+    """Where the command was started; None: it is not there any more."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 def hardware() -> str:
@@ -81,9 +96,11 @@ def hardware() -> str:
 
 def processor() -> str:
     """The CPU, and how many of its cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = []
+    with suppress(OSError):
+        lines = CPUINFO.read_text(errors="replace").splitlines()
     facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)  # of the last core
-    name = facts.get("model name", platform.processor()).strip()
+    name = facts.get("model name", platform.processor() or platform.machine()).strip()  # ARM's have no name there
     kind = "".join(f", {key}{facts[key]}" for key in ("cpu family", "model") if key in facts)  # names are often vague
     cores = len(os.sched_getaffinity(0))
     return f"{cores} core{'s' * (cores > 1)} of {name}{kind}"
@@ -114,8 +131,9 @@ def git_state() -> dict[str, Any] | None:
     root = Path(fasttrain.__file__).parents[1]
     if not (root / ".git").exists():  # a checkout around an environment that fasttrain is installed in is another's
         return None
+    git = ["git", "--no-optional-locks", "-C", str(root)]  # whoever commits meanwhile is not in its way
     try:
-        said = [_said(["git", "-C", str(root), *words]) for words in (["rev-parse", "HEAD"], ["status", "-s", "-uno"])]
+        said = [_said([*git, *words]) for words in (["rev-parse", "HEAD"], ["status", "-s", "-uno"])]
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": said[0], "changed": bool(said[1])}
@@ -137,7 +155,9 @@ def driver() -> str | None:
 
 
 def _said(words: list[str]) -> str:
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # another repository's
+    done = subprocess.run(words, env=others, capture_output=True, timeout=60, check=True)
+    return done.stdout.decode(errors="replace").strip()
 
 
 __all__ = [
@@ -146,6 +166,7 @@ __all__ = [
     "dali_package",
     "driver",
     "environment",
+    "folder",
     "git_state",
     "hardware",
     "now",

@@ -233,7 +233,8 @@ def _slope(micro_batch: _MicroBatch, penalties: list[_Penalty], values: dict[str
         slope = slope + penalty.weight * sum(
             (g * u_k).sum() for g, u_k in zip(penalty.gradient.values(), u, strict=True)
         )
-        _add(values, {penalty.term.name: value}, penalty.summand.penalty)
+        name = penalty.term.name
+        _add(values, {name: value, f"penalty/{name}": value}, penalty.summand.penalty)
     return slope
 
 

@@ -4,7 +4,7 @@
 
     <run.dir>/
       config.yaml         the resolved configuration of the last start
-      environment.json    each start: command, step, machine, hosts, versions, code; when it was done
+      environment.json    each start: command, step, hosts, machines, versions, code; when it was done
       lock                held while a run lives
       checkpoints/        step-00000500/ ..., latest
       metrics.jsonl       one JSON object a line: a training report or an evaluation, each with its step
@@ -158,14 +158,14 @@ class Run:
             UsageError: the folder cannot be written; on all ranks.
         """
         self.watchdog.step = start
-        found = {**environment(), "step": start, "done": None}
-        distributed.on_rank_zero(lambda: self._open(config, found, start, total))
+        self._environment = {**environment(), "step": start, "done": None, "earlier": []}
+        distributed.on_rank_zero(lambda: self._open(config, start, total))
 
-    def _open(self, config: Config, found: dict[str, Any], start: int, total: int) -> None:
+    def _open(self, config: Config, start: int, total: int) -> None:
         self._started, self._first = time.monotonic(), start
         self._total = total
         try:
-            self._begin(config, found)
+            self._begin(config)
             self._open_metrics()
             self._open_tensorboard()
         except OSError as error:
@@ -177,7 +177,7 @@ class Run:
         terminal = sys.stderr.isatty()
         self._bar = tqdm(initial=start, total=total, unit="step", disable=not terminal, dynamic_ncols=True)
 
-    def _begin(self, config: Config, found: dict[str, Any]) -> None:
+    def _begin(self, config: Config) -> None:
         """Put the folder in order: what was reported up to the step of the start stays."""
         for path in [self.dir / name for name in FILES]:
             if os.path.lexists(path) and not path.is_file():
@@ -191,31 +191,37 @@ class Run:
             stay = f"; its other {len(lines):,} lines stay" if start else ""
             self._set_aside(metrics, f"has {len(complaints):,} lines that cannot be read ({complaints[0]}){stay}")
         replace_file(self.dir / "config.yaml", to_yaml(config))
-        self._note(found if start else found | {"earlier": []})
+        self._note(earlier=self._starts() if start else [])
         replace_file(metrics, "".join(_line(line) for line in lines if line["step"] <= start) if start else "")
         if start:
             self._bad_before = bad.read_bytes() if bad.exists() else b""
         else:
             bad.unlink(missing_ok=True)
 
-    def _note(self, found: dict[str, Any]) -> None:
-        """A start's ``environment.json``, which keeps those of the ``earlier`` ones that it goes on from."""
+    def _starts(self) -> list[dict[str, Any]]:
+        """What ``environment.json`` says of the starts so far; where it cannot be read it is set aside."""
         path = self.dir / "environment.json"
-        if "earlier" not in found:
-            try:
-                before = json.loads(path.read_text()) if path.exists() else {"earlier": []}
-                earlier = before.pop("earlier") + ([before] if before else [])
-            except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-                self._set_aside(path, "cannot be read")
-                earlier = []
-            found = found | {"earlier": earlier}
-        self._environment = found
-        replace_file(path, json.dumps(found, indent=1) + "\n")
+        try:
+            last = json.loads(path.read_text())
+            starts = [*last.pop("earlier"), last]
+            if all(isinstance(start, dict) for start in starts):
+                return starts
+        except FileNotFoundError:
+            return []
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            pass
+        self._set_aside(path, "cannot be read")
+        return []
+
+    def _note(self, **more: Any) -> None:
+        """Write ``environment.json``, with ``more`` than it said."""
+        self._environment |= more
+        replace_file(self.dir / "environment.json", json.dumps(self._environment, indent=1) + "\n")
 
     def done(self) -> None:
         """All is there that the run was for: say so, and when, in ``environment.json``."""
         try:
-            self._note(self._environment | {"done": now()})
+            self._note(done=now())
         except OSError as error:
             self._unwritten("that the run is done", error)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fasttrain.data import Batch
 from fasttrain.models import Encoded, Encoder, frozen_statistics
-from fasttrain.objectives import Objective, encode
+from fasttrain.objectives import Objective, encode, traits
 from fasttrain.views import View, clean
 
 
@@ -48,7 +48,7 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, terms: Sequence[Term] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss (scalar) and what to log of it, detached: each term's own value (unweighted) by its name,
-        and what its view reports as ``view/<term>/<name>``.
+        what of it is a penalty as ``penalty/<term>``, and what its view reports as ``view/<term>/<name>``.
 
         Args:
             terms: to be summed in place of the module's own.
@@ -66,6 +66,7 @@ class TrainStep(nn.Module):
                     encodings[term.view] = encode(self.encoder, seen.images.flatten(0, 1), sharing), seen
                 value = term.objective(*encodings[term.view]).mean()
             values[term.name] = value.detach()
+            values |= {f"{part}/{term.name}": scalar for part, scalar in traits(term.objective).scalars.items()}
             if term.weight:
                 loss = loss + term.weight * value
         for name, view in self.views.items():

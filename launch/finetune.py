@@ -42,8 +42,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-PANELS = (("loss", "loss"), ("clean_top1", "clean accuracy"), ("robust_top1", "robust accuracy"))
-
 
 class ClassifierConfig(Config):
     """The linear classifier that accuracies are measured with, fitted once, to the source's clean features."""
@@ -147,7 +145,7 @@ def finetune(config: FinetuneConfig) -> int:
             form = config.augment, config.export.normaliser
             weights = export.export(encoder, run.dir, *form, step=parts.plan.steps, finetuned_from=config.source)
             print(printable(f"{'weights':20s}{weights}"))
-            print(printable(f"{'picture':20s}{plots.curves(run.dir, PANELS)}"))
+            print(printable(f"{'picture':20s}{plots.curves(run.dir, len(parts.catalogs[0].classes))}"))
             run.done()
     return 0
 

@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig) -> int:
             form = config.augment, config.export.normaliser
             weights = export.export(parts.module.encoder, run.dir, *form, step=parts.plan.steps)
             print(printable(f"{'weights':20s}{weights}"))
-            print(printable(f"{'picture':20s}{plots.curves(run.dir)}"))
+            print(printable(f"{'picture':20s}{plots.curves(run.dir, len(parts.catalogs[0].classes))}"))
             run.done()
     return 0
 

@@ -19,6 +19,7 @@ LAYERS = [
     {"nearest"},
     {"arguments"},
     {"config"},
+    {"experiments"},
     {"distributed"},
     {"environment"},
     {"data", "models", "run", "stop", "watchdog"},

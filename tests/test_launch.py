@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -104,7 +105,7 @@ def undisturbed(images, tmp_path_factory) -> Path:
 def test_a_run_leaves_what_the_readme_says(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png"} <= names
-    assert {"encoder.safetensors", "encoder.json"} <= names
+    assert {"encoder.safetensors", "encoder.json", "environment.json"} <= names
     lines = metrics(undisturbed)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "knn_top1" in line] == [0, 6]
@@ -137,7 +138,12 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(images, undistu
     assert process.returncode == cli.EXIT_SAVED_ON_SIGNAL
     stopped_at = metrics(folder)[-1]["step"]
     assert 2 <= stopped_at < 6
+    stopped = json.loads((folder / "environment.json").read_text())
+    assert stopped["done"] is None and stopped["command"].endswith(f" {shlex.join(arguments)}")
     assert pretrain_here(*arguments) == 0
+    finished = json.loads((folder / "environment.json").read_text())
+    assert finished["done"] and finished["step"] == stopped_at
+    assert [start | {"earlier": []} for start in finished["earlier"]] == [stopped]
     finished = load_file(str(folder / "checkpoints/step-00000006/model.safetensors"))
     expected = load_file(str(undisturbed / "checkpoints/step-00000006/model.safetensors"))
     assert all(finished[name].equal(expected[name]) for name in expected)

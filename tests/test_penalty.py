@@ -15,6 +15,7 @@ from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoded, Encoder, HeadConfig, ModelConfig, frozen_statistics
 from fasttrain.objectives import TermConfig, build_objective, encode, gradient_penalty, layer_by_layer_penalty
+from fasttrain.step import Term, TrainStep
 from tests.ranks import run_ranks
 
 ALPHA, BETA = (0.1, 0.2, 0.5, 1.0), (0.0, 3.0, 5.0, 9.0)
@@ -234,6 +235,21 @@ def test_two_ranks_equal_one_in_training_mode() -> None:
                 torch.testing.assert_close(
                     ours, whole, rtol=1e-10, atol=1e-11 * scale, msg=lambda m, n=name: f"{n}: {m}"
                 )
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "cross_entropy"])
+def test_a_penalty_is_logged_beside_the_term_that_it_is_a_part_of(name: str) -> None:
+    encoder, batch = _encoder(), _batch(_images(2, 5, 8))
+    layers = objectives.layer_by_layer(PLAIN[name], ALPHA)
+    for penalised, plain in [
+        (gradient_penalty(PLAIN[name], 20.0), PLAIN[name]),
+        (layer_by_layer_penalty(PLAIN[name], ALPHA, BETA), layers),
+        (layer_by_layer_penalty(PLAIN[name], ALPHA, (0, 0, 0, 0)), layers),
+    ]:
+        _, values = TrainStep(encoder, [Term("with", penalised, 3.0), Term("without", plain)])(batch)
+        logged = values.get("penalty/with", torch.zeros((), dtype=torch.double))
+        torch.testing.assert_close(logged, values["with"] - values["without"], rtol=1e-9, atol=1e-12)
+        assert not logged.requires_grad and not logged.dim()
 
 
 def _cosine(a: list[Tensor], b: list[Tensor]) -> float:

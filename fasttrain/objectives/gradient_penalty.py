@@ -36,7 +36,7 @@ def gradient_penalty(
 ) -> Objective:
     """L + λ/2 R, with R the squared L2 norm of L's gradient by the images in [0, 1] (Campbell et al. 2020, eqs. 2, 3).
 
-    What R is follows from what the objective returns:
+    λ/2 R is logged by itself too (``traits(…).scalars["penalty"]``). What R is follows from what the objective returns:
 
     - One loss an image or row, ℓ_i (cross-entropy, SimSiam): E[ℓ + λ/2 ‖∇ₓℓ‖²]. The gradient's rows are those of the
       *sum*, g = ∇ₓ Σ_i ℓ_i over the global batch, and R_i = ‖g_i‖² (averaged over the views, where ℓ_i has several).
@@ -78,14 +78,17 @@ def gradient_penalty(
     """
     _positive_or_zero("weight", weight)
     regulariser = _regulariser(of, method, step, scheme)
+    scalars: dict[str, Tensor] = {}
 
     def objective(encoded: Encoded, batch: Batch) -> Tensor:
         losses = of(encoded, batch)
         if method == "finite_difference" and not losses.dim():
             losses = _differentiated(losses, encoded.images)  # one pass for the direction and the loss's own gradient
-        return losses + weight / 2 * regulariser(of, losses, encoded, batch)
+        penalty = weight / 2 * regulariser(of, losses, encoded, batch)
+        scalars["penalty"] = penalty.detach().mean()
+        return losses + penalty
 
-    return with_traits(objective, _traits(precision, Summand(of, 1.0, weight / 2, regulariser)))
+    return with_traits(objective, _traits(precision, scalars, Summand(of, 1.0, weight / 2, regulariser)))
 
 
 def layer_by_layer_penalty(
@@ -119,9 +122,11 @@ def layer_by_layer_penalty(
     if not any(alpha) and not any(beta):
         raise UsageError("layers.alpha and layers.beta are all 0: give at least one stage a weight")
     regulariser = _regulariser(of, method, step, scheme)
+    scalars: dict[str, Tensor] = {}
 
     def objective(encoded: Encoded, batch: Batch) -> Tensor:
         total: Tensor | float = 0.0
+        penalties: Tensor | float = 0.0
         for k, (a, b) in enumerate(zip(alpha, beta, strict=True)):
             if not a and not b:
                 continue
@@ -129,13 +134,16 @@ def layer_by_layer_penalty(
             losses = of_k(encoded, batch)
             total = total + a * losses
             if b:
-                total = total + b * regulariser(of_k, losses, encoded, batch)
+                penalty = b * regulariser(of_k, losses, encoded, batch)
+                total, penalties = total + penalty, penalties + penalty.detach().mean()
+        if any(beta):
+            scalars["penalty"] = penalties
         return total
 
     summands = [
         Summand(at_layer(of, k), a, b, regulariser) for k, (a, b) in enumerate(zip(alpha, beta, strict=True)) if a or b
     ]
-    return with_traits(objective, _traits(precision, *summands))
+    return with_traits(objective, _traits(precision, scalars, *summands))
 
 
 def double_backward(of: Objective, losses: Tensor, encoded: Encoded, batch: Batch) -> Tensor:
@@ -265,10 +273,11 @@ def _regulariser(of: Objective, method: Method, step: float, scheme: Scheme) -> 
     return finite_difference(step, scheme)
 
 
-def _traits(precision: Precision, *summands: Summand) -> Traits:
+def _traits(precision: Precision, scalars: dict[str, Tensor], *summands: Summand) -> Traits:
     _one_of("precision", precision, Precision)
     of_gradient = all(summand.regulariser is double_backward for summand in summands)
-    return Traits(image_gradient=True, full_precision=precision == "fp32", summands=summands if of_gradient else ())
+    asked = summands if of_gradient else ()
+    return Traits(image_gradient=True, full_precision=precision == "fp32", summands=asked, scalars=scalars)
 
 
 def _one_of(name: str, value: str, choices: object) -> None:

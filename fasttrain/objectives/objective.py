@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ class Traits(NamedTuple):
     full_precision: bool = False  # the encoding must not be autocast
     stops_gradients: bool = False  # what autograd differentiates is not the derivative of the value
     summands: tuple[Summand, ...] = ()  # what it is the sum of, where R is a function of L's gradient by the images
+    scalars: Mapping[str, Tensor] = MappingProxyType({})  # parts of its last value's mean, detached, to be logged
 
 
 def traits(objective: Objective) -> Traits:
