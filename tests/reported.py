@@ -88,13 +88,14 @@ def make_paper(folder: Path) -> None:
         "title": "Robustness <of> contrastive learning",
         "source": "A. Author, a paper",
         "scale": "small",
+        "about": "a share of the images",
         "command": "launch/experiment.py configs/experiments/tikhonov.yaml",
         "tables": [{"name": "table1", "title": "Table 1", "unit": "%", "columns": columns, "rows": [
             {"name": "contrastive", "cells": [cell] * 7 + [None]},
             {"name": "supervised", "cells": [{**cell, "mean": None, "sd": math.nan}] * 8},
         ]}],
         "findings": [
-            {"claim": "it is ahead", "shown": True, "value": 3.2, "error": 0.4, "unit": "%"},
+            {"claim": "it is ahead", "shown": True, "value": 3.2, "error": 0.4, "unit": "%", "paper": 5.5},
             {"claim": "it is behind", "shown": False, "value": 0.1, "error": 0.4, "unit": "%", "why": "few seeds"},
             {"claim": "they are one", "shown": None, "value": 0.1, "error": 0.4},
             {"claim": "it was run", "shown": None},
@@ -103,7 +104,7 @@ def make_paper(folder: Path) -> None:
             {"name": "figure2", "about": "curves", "result": "eval-curves.json", "picture": "eval-curves.png"},
             {"name": "figure3", "about": "more", "result": "eval-more.json", "picture": "eval-more.png"},
         ],
-        "commands": [{"name": "run", "command": "launch/pretrain.py", "state": "failed", "seconds": None}],
+        "commands": [{"name": "run", "command": "launch/pretrain.py", "state": "failed", "seconds": None, "why": "the disk is full"}],
     }  # fmt: skip
     (folder / "experiment.json").write_text(json.dumps(values))
 

@@ -198,6 +198,15 @@ def test_names_are_text_and_no_code(everything):
     assert "Robustness &lt;of&gt; contrastive learning" in text
 
 
+def test_a_paper_says_what_was_found_and_what_failed(everything):
+    text = unescape(page_of(everything))
+    for said in ("41.23 ± 1.50", "paper 45.10", "+3.2 ± 0.40 %", "paper +5.5", "few seeds", "a share of the images"):
+        assert said in text, said
+    for verdict in ("shown", "not shown", "not told apart", "no result yet"):
+        assert f">{verdict}</span>" in text
+    assert "1 failed" in text and "failed: the disk is full" in text
+
+
 def test_a_picture_of_a_paper_is_in_the_page_once(everything):
     text = page_of(everything)
     assert "above, in the paper’s" in text and "the picture is not there yet" in text

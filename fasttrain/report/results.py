@@ -6,6 +6,7 @@ import base64
 import itertools
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,9 +147,7 @@ def paper(file: FileFound, found: Found, pictures: Pictures) -> dict[str, Any]:
     values = file.values
     commands = [
         {
-            "name": text(one.get("name")),
-            "command": text(one.get("command")),
-            "state": text(one.get("state")),
+            **{key: text(one.get(key)) for key in ("name", "command", "state", "why")},
             "seconds": duration(seconds) if (seconds := number_of(one.get("seconds"))) is not None else "",
         }
         for one in map(mapping, listed(values.get("commands")))
@@ -156,12 +155,12 @@ def paper(file: FileFound, found: Found, pictures: Pictures) -> dict[str, Any]:
     return {
         "name": found.name(file.path),
         "title": text(values.get("title")) or printable(values["experiment"]),
-        **{key: text(values.get(key)) for key in ("source", "scale", "date", "command")},
+        **{key: text(values.get(key)) for key in ("source", "about", "scale", "date", "command")},
         "tables": [_table(mapping(one)) for one in listed(values.get("tables"))],
         "findings": [_finding(mapping(one)) for one in listed(values.get("findings"))],
         "figures": [_figure(mapping(one), file, found, pictures) for one in listed(values.get("figures"))],
         "commands": commands,
-        "states": [(state, sum(one["state"] == state for one in commands)) for state in ("done", "failed", "missing")],
+        "states": Counter(one["state"] for one in commands).most_common(),
     }
 
 
@@ -197,13 +196,14 @@ def _cell(cell: dict[str, Any]) -> dict[str, str]:
 
 
 def _finding(finding: dict[str, Any]) -> dict[str, str]:
-    value, error = number_of(finding.get("value")), number_of(finding.get("error"))
+    value, error, theirs = (number_of(finding.get(key)) for key in ("value", "error", "paper"))
     shown = finding.get("shown") if isinstance(finding.get("shown"), bool) else None
     said = "" if value is None else f"{value:+.4g}" + ("" if error is None else f" ± {short(error)}")
     return {
         "claim": text(finding.get("claim")),
         "verdict": "no result yet" if shown is None and value is None else VERDICTS[shown],
         "value": f"{said} {text(finding.get('unit'))}".strip() if said else "",
+        "paper": "" if theirs is None else f"{theirs:+.4g}",
         "why": text(finding.get("why")),
     }
 
