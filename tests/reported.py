@@ -104,7 +104,9 @@ def make_paper(folder: Path) -> None:
             {"name": "figure2", "about": "curves", "result": "eval-curves.json", "picture": "eval-curves.png"},
             {"name": "figure3", "about": "more", "result": "eval-more.json", "picture": "eval-more.png"},
         ],
-        "commands": [{"name": "run", "command": "launch/pretrain.py", "state": "failed", "seconds": None, "why": "the disk is full"}],
+        "commands": [
+            {"name": "run", "command": "launch/pretrain.py", "state": "failed", "seconds": None, "why": "the disk is full"}
+        ],
     }  # fmt: skip
     (folder / "experiment.json").write_text(json.dumps(values))
 
