@@ -105,7 +105,7 @@ def make_paper(folder: Path) -> None:
             {"name": "figure3", "about": "more", "result": "eval-more.json", "picture": "eval-more.png"},
         ],
         "commands": [
-            {"name": "run", "command": "launch/pretrain.py", "state": "failed", "seconds": None, "why": "the disk is full"}
+            {"name": "run", "command": "launch/pretrain.py", "state": "failed", "why": "the disk is full"}
         ],
     }  # fmt: skip
     (folder / "experiment.json").write_text(json.dumps(values))
