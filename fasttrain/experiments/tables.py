@@ -66,14 +66,16 @@ def _table(name: str, table: TableRecipe, plan: Plan) -> Table:
             raise UsageError(
                 f"tables.{name}.paper: '{row}' has {len(paper)} values for {len(table.columns)} columns: give one each"
             )
-        cells, variables = [], plan.places | values
-        for column, theirs in zip(table.columns.values(), paper, strict=True):
-            result = filled(column.result, variables)
+        variables = plan.places | values
+        results = [filled(column.result, variables) for column in table.columns.values()]
+        for result in results:
             if not any(fnmatchcase(result, f"{wild(template)}*") for template in plan.recipe.evaluations):
                 raise UsageError(f"tables.{name}: '{result}' is no evaluation; they are {', '.join(plan.results)}")
-            ours = _value(plan, result, filled(column.value, variables), table.factor)
-            cells.append(Cell(ours, theirs))
-        rows[row] = cells
+        if plan.results.keys().isdisjoint(results):
+            continue  # for want of data, or at another scale
+        ways = [filled(column.value, variables) for column in table.columns.values()]
+        ours = [_value(plan, result, way, table.factor) for result, way in zip(results, ways, strict=True)]
+        rows[row] = [Cell(*cell) for cell in zip(ours, paper, strict=True)]
     return Table(name, table.title, table.unit, list(table.columns), rows, table.note)
 
 
