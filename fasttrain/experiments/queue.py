@@ -118,12 +118,12 @@ class Queue:
                 return Outcome("failed", 0.0, f"{job.words[0]}: {error.strerror}")
             if self.stopped:  # by a signal that came just before
                 self._child.terminate()
-            last = ""
+            last = error = ""
             for line in self._child.stdout or ():
                 file.write(line)
                 file.flush()
                 text = COLOUR.sub("", line.decode(errors="replace")).strip()
-                last = text or last
+                last, error = text or last, text if text.startswith("error: ") else error
                 _show(text)
             code = self._child.wait()
             self._child = None
@@ -133,7 +133,7 @@ class Queue:
             return Outcome("done", seconds)
         if code == 0:
             return Outcome("failed", seconds, f"it ended well and left no {job.result.name} of this command")
-        return Outcome("missing" if self.stopped else "failed", seconds, f"code {code}, {printable(last[:300])}")
+        return Outcome("missing" if self.stopped else "failed", seconds, f"code {code}, {printable((error or last)[:300])}")
 
     @contextmanager
     def _heeding_signals(self) -> Iterator[None]:
