@@ -25,6 +25,7 @@ from fasttrain.errors import UsageError
 from fasttrain.experiments import queue, tables
 from fasttrain.experiments.commands import Job, Plan
 from fasttrain.experiments.recipe import Recipe
+from fasttrain.experiments.results import read
 from fasttrain.output import try_output, write_output
 from fasttrain.printable import printable
 
@@ -86,16 +87,11 @@ def report(plan: Plan, outcomes: dict[str, queue.Outcome]) -> None:
     verdicts = tables.verdicts_of(plan, found)
     text = tables.markdown(plan, found, verdicts)
     print(text, flush=True)
+    place = plan.folder / "experiment.json"
     facts: dict[str, Any] = tables.summary(plan, found, verdicts)
-    facts |= {
-        "date": now(),
-        "command": command(),
-        "commands": [
-            {"name": job.name, "command": job.line, **outcomes[name]._asdict()} for name, job in plan.jobs.items()
-        ],
-    }
+    facts |= {"date": now(), "command": command(), "commands": states(plan, outcomes, read(place).get("commands"))}
     write_output(plan.folder / "tables.md", text, ELSEWHERE)
-    write_output(plan.folder / "experiment.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n", ELSEWHERE)
+    write_output(place, json.dumps(facts, indent=1, ensure_ascii=False) + "\n", ELSEWHERE)
     print(f"{'written to':16s}{printable(str(plan.folder / 'tables.md'))}")
     for state in ("failed", "missing"):
         for name, outcome in outcomes.items():
@@ -103,6 +99,17 @@ def report(plan: Plan, outcomes: dict[str, queue.Outcome]) -> None:
                 print(printable(f"{state:16s}{name}" + (f": {outcome.why}" if outcome.why else "")))
                 if state == "failed":
                     print(printable(f"{'':16s}{plan.jobs[name].line}"))
+
+
+def states(plan: Plan, outcomes: dict[str, queue.Outcome], before: Any) -> list[dict[str, Any]]:
+    """Each command and what became of it; seconds of what was done ``before``, by what was said then."""
+    known = before if isinstance(before, list) else []
+    seconds = {(one.get("command"), one.get("state")): one.get("seconds") for one in known if isinstance(one, dict)}
+    return [
+        {"name": name, "command": job.line, **outcomes[name]._asdict()}
+        | ({"seconds": seconds.get((job.line, "done"))} if outcomes[name] == queue.Outcome("done") else {})
+        for name, job in plan.jobs.items()
+    ]
 
 
 if __name__ == "__main__":

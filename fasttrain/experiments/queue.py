@@ -133,7 +133,9 @@ class Queue:
             return Outcome("done", seconds)
         if code == 0:
             return Outcome("failed", seconds, f"it ended well and left no {job.result.name} of this command")
-        return Outcome("missing" if self.stopped else "failed", seconds, f"code {code}, {printable((error or last)[:300])}")
+        return Outcome(
+            "missing" if self.stopped else "failed", seconds, f"code {code}, {printable((error or last)[:300])}"
+        )
 
     @contextmanager
     def _heeding_signals(self) -> Iterator[None]:
