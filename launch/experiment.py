@@ -29,6 +29,8 @@ from fasttrain.experiments.results import read
 from fasttrain.output import try_output, write_output
 from fasttrain.printable import printable
 
+ExperimentConfig = Recipe  # what other scripts call a YAML file that is meant for this one
+
 ELSEWHERE = "choose another place with folder=…"
 
 
