@@ -277,6 +277,8 @@ def test_every_setting_that_names_a_place_is_a_path(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "launch"))
     paths, texts = set(), set()
     for schema in schemas():
+        if schema.__module__ == "fasttrain.experiments.recipe":
+            continue  # texts with variables in braces, which become settings of the scripts that they are given to
         for name, field in schema.model_fields.items():
             if str in alternatives(field.annotation):
                 kinds = [*get_args(field.annotation), Annotated[(field.annotation, *field.metadata, None)]]
