@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
 
@@ -119,7 +119,7 @@ def unread(config: Config, given: dict[str, Any], usual: Config | None = None, p
         where = type(config).reads.get(name)
         reason = where.unmet(config) if where is not None else None
         if reason is not None:
-            asked, mine, theirs = (_flatten({key: _plain(x)}) for x in (given[name], value, default))
+            asked, mine, theirs = (flatten({key: _plain(x)}) for x in (given[name], value, default))
             unusual = [k for k in asked if k in mine and mine[k] != theirs.get(k)]
             lines += [f"{k}={mine[k]} is given and not used: {prefix}{reason}" for k in unusual]
         elif isinstance(value, Config) and isinstance(given[name], dict):
@@ -142,7 +142,7 @@ def to_yaml(config: Config) -> str:
 
 def differences(ours: Config, theirs: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ, each as ``key: theirs -> ours``; a key that one side lacks counts."""
-    mine, other = _flatten(ours.model_dump(mode="json")), _flatten(theirs)
+    mine, other = flatten(ours.model_dump(mode="json")), flatten(theirs)
     return [
         f"{key}: {other.get(key, '(absent)')} -> {mine.get(key, '(absent)')}"
         for key in sorted(mine.keys() | other.keys())
@@ -152,7 +152,7 @@ def differences(ours: Config, theirs: dict[str, Any]) -> list[str]:
 
 def differing(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Dotted keys that all of these nested plain ``settings`` have and whose values differ, with each one's value."""
-    flat = [_flatten(one) for one in settings]
+    flat = [flatten(one) for one in settings]
     shared = [key for key in flat[0] if all(key in one for one in flat)]
     values = {key: [one[key] for one in flat] for key in shared}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
@@ -190,10 +190,11 @@ def _first(parts: Any) -> list[Any]:
     return list(parts.values())[:1] if isinstance(parts, dict) else []
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
 
 
@@ -283,6 +284,7 @@ __all__ = [
     "differences",
     "differing",
     "doubts",
+    "flatten",
     "listed",
     "load",
     "resolve",

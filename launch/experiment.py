@@ -1,7 +1,7 @@
 """Reproduce a paper: run what its file names, evaluate it, and make its tables and figures.
 
   python launch/experiment.py configs/experiments/tikhonov.yaml scale=small data.root=/data/cifar10
-  python launch/experiment.py configs/experiments/tikhonov.yaml scale=smoke              a minute on the embedded data
+  python launch/experiment.py configs/experiments/tikhonov.yaml scale=smoke              a minute or two, embedded data
   python launch/experiment.py … print=commands | parallel -j 4         what can run now, a line each: for a queue
   python launch/experiment.py … print=tables                           of what is there
   python launch/experiment.py … 'only=[simclr-*]' seeds=[0,1]          a part of it

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fasttrain.config import flatten
 from fasttrain.errors import UsageError
 from fasttrain.experiments.recipe import SCRIPTS, EvaluationRecipe, Recipe, RunRecipe, ScaleRecipe
 
@@ -188,10 +189,10 @@ class Plan:
 
     def _settings(self, own: dict[str, Any], variables: Variables, *called: str) -> dict[str, Any]:
         """Of a run or an evaluation that is ``called`` so, by dotted keys; those of the scale are over its own."""
-        settings = flat(own)
+        settings = flatten(own)
         for pattern, over in self.scale.set.items():
             if any(fnmatchcase(name, filled(pattern, variables, strict=False)) for name in called):
-                settings |= flat(over)
+                settings |= flatten(over)
         found = {key: substituted(value, variables) for key, value in settings.items()}
         return {key: value for key, value in found.items() if value is not LEFT_OUT}
 
@@ -293,14 +294,6 @@ def substituted(value: Any, variables: Variables) -> Any:
     if alone and alone[1] in variables and variables[alone[1]] is None:
         return LEFT_OUT
     return filled(value, variables)
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def text_of(value: Any) -> str:

@@ -10,9 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fasttrain.config import flatten
 from fasttrain.printable import printable
 from fasttrain.report.collect import FileFound, Found, mapping
-from fasttrain.report.runs import duration, flat
+from fasttrain.report.runs import duration
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"
@@ -87,7 +88,7 @@ def evaluation(result: FileFound, found: Found, pictures: Pictures) -> Evaluatio
     """What a result says."""
     values, above = result.values, pictures.embedded.get(result.picture.resolve())
     lines = _lines(values)
-    settings = flat(mapping(values.get("settings")))
+    settings = flatten(mapping(values.get("settings")))
     return Evaluation(
         name=found.name(result.path),
         task=printable(values["task"]),

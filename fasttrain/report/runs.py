@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from fasttrain.config import flatten
 from fasttrain.printable import printable
 from fasttrain.report.collect import Found, RunFound, mapping
 
@@ -80,7 +81,7 @@ def differing(runs: Sequence[RunFound]) -> dict[str, list[Any]]:
     for run, named in zip(runs, terms, strict=True):
         parts = {"*": next(iter(named.values()), {})} if alone and named else named
         names = " + ".join(map(str, named)) or None
-        told.append({"script": _script(run), "terms": names, **flat({**run.settings, "terms": parts})})
+        told.append({"script": _script(run), "terms": names, **flatten({**run.settings, "terms": parts})})
     keys = dict.fromkeys(key for one in told for key in one if key not in NOT_TOLD)
     keys = sorted(keys, key=_rank)
     values = {key: [one.get(key) for one in told] for key in keys}
@@ -94,14 +95,6 @@ def _rank(key: str) -> int:
 
 def _differ(values: list[Any]) -> bool:
     return any(value != values[0] for value in values)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and their values."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _script(run: RunFound) -> str | None:
@@ -191,4 +184,4 @@ def word(value: Any) -> Cell:
     return Cell(f"{value:g}" if isinstance(value, float) else str(value), value if abs(value) < math.inf else None)
 
 
-__all__ = ["Cell", "Column", "differing", "duration", "finite", "flat", "number", "state", "table", "word"]
+__all__ = ["Cell", "Column", "differing", "duration", "finite", "number", "state", "table", "word"]
