@@ -77,8 +77,7 @@ def apgd_search(threat: Threat, steps: int, loss: CaseLoss) -> Search:
 
         for iteration, window in enumerate(windows):
             value, gradient = loss_and_gradient(loss_of_images, state.x)
-            if not iteration:
-                standing.note_flat(gradient)
+            standing.note(gradient)
             if standing.strike(state.x, scores.pop().detach()):
                 return standing.found
             value, gradient, *kept = standing.shrink(value, gradient, *state)

@@ -53,6 +53,11 @@ class Stage(NamedTuple):
     target: int  # of a targeted attack: which of the other classes, from 0
     search: Search
 
+    @property
+    def targeted(self) -> bool:
+        """Whether it heads for one class."""
+        return KINDS[self.attack].targeted
+
     def cases(self, images: Tensor, labels: Tensor, keys: Tensor, others: Tensor) -> Cases:
         """Of images [B, 3, H, W] that are classified right, ``others`` [B, n] being :func:`other_classes`."""
         number = 1 + 1000 * get_args(AttackName).index(self.attack) + self.target

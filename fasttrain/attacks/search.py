@@ -31,6 +31,11 @@ class Victim(NamedTuple):
     judge: Logits | None = None
     "what an image has to fool, where that is another: the network in full precision, say; None: ``logits``"
 
+    @property
+    def judged(self) -> Logits:
+        """Whose classes count."""
+        return self.logits if self.judge is None else self.judge
+
 
 class Cases(NamedTuple):
     """Images for a search, in which each is on its own."""
@@ -46,8 +51,8 @@ class Found(NamedTuple):
 
     fell: Tensor  # [B] bool: it is misclassified somewhere in the ball
     images: Tensor  # [B, 3, H, W]: there, or where it was
-    bad: Tensor  # [B] bool: a score of it that the search met is not finite
-    flat: Tensor  # [B] bool: a gradient that the search went by is 0 everywhere
+    bad: Tensor  # [B] bool: a score or a gradient of it that the search met is not finite
+    flat: Tensor  # [B] bool: the first gradient that the search went by is 0 everywhere
 
 
 class Search(Protocol):
@@ -75,6 +80,7 @@ class Standing:
         self._rows = torch.arange(len(everyone), device=everyone.device)  # of ``found``, of those at hand
         self._down = everyone.clone()  # of those at hand
         self._left = len(everyone)
+        self._begun = False
         self._unit = max(1, -(-len(everyone) // SIZES))
 
     @torch.no_grad()
@@ -97,9 +103,12 @@ class Standing:
             self._left -= len(rows)
         return not self._left
 
-    def note_flat(self, gradient: Tensor) -> None:
-        """Note whose gradient [b, 3, H, W] is 0 everywhere."""
-        self.found.flat[self._rows] |= (gradient == 0).flatten(1).all(1)
+    def note(self, gradient: Tensor) -> None:
+        """Take note of a gradient [b, 3, H, W]: whose is not finite, and whose first one is 0 everywhere."""
+        self.found.bad[self._rows] |= ~gradient.sum((1, 2, 3)).isfinite()
+        if not self._begun:
+            self.found.flat[self._rows] = (gradient == 0).all(3).all(2).all(1)
+            self._begun = True
 
     def shrink(self, *kept: Tensor) -> tuple[Tensor, ...]:
         """``kept`` [b, ...] without images that fell, but for those that fill up one of the few sizes."""
