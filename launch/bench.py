@@ -5,7 +5,7 @@
   python launch/bench.py loader data.root=/data/imagenet                  our DALI loader beside a bare DALI pipeline
   python launch/bench.py loader data.root=/data/cifar.beton loader.kind=ffcv augment.size=32 augment.blur=0
   python launch/bench.py step                        penalties, adversarial views, FARE
-  python launch/bench.py attack precision=fp32       APGD on the embedding distance
+  python launch/bench.py attack precision=fp32       APGD on the embedding distance; AutoAttack and its parts
   python launch/bench.py train configs/pretrain/simclr_cifar10.yaml data.root=/data/cifar-10-batches-py
                                                      the real loop from files, beside what its parts would allow
   python launch/bench.py truth                       kernels against float64, waits of the host, every mode, each step
@@ -29,7 +29,7 @@ from pretrain import PretrainConfig, build, of_weights
 from pydantic import Field
 
 from fasttrain import cli, distributed
-from fasttrain.benchmarks.attack import AttackBenchConfig, compare_attacks
+from fasttrain.benchmarks.autoattack import AttacksBenchConfig, compare_all
 from fasttrain.benchmarks.gpu import GpuBenchConfig, run_parts
 from fasttrain.benchmarks.kernels import KernelBenchConfig, compare_kernels
 from fasttrain.benchmarks.loader import LoaderBenchConfig, compare_loaders
@@ -75,7 +75,7 @@ class StepBench(BenchConfig, StepBenchConfig):
     """What network, on what."""
 
 
-class AttackBench(BenchConfig, AttackBenchConfig):
+class AttackBench(BenchConfig, AttacksBenchConfig):
     """What network, on what."""
 
 
@@ -85,7 +85,7 @@ class AllBench(BenchConfig):
     kernels: KernelBenchConfig = KernelBenchConfig()
     loader: LoaderBenchConfig = LoaderBenchConfig()
     step: StepBenchConfig = StepBenchConfig()
-    attack: AttackBenchConfig = AttackBenchConfig()
+    attack: AttacksBenchConfig = AttacksBenchConfig()
 
 
 class TrainBench(BenchConfig, PretrainConfig):
@@ -139,6 +139,16 @@ class Task(NamedTuple):
 
 
 TINY = {"batch": 8, "size": 16, "model": {"width": 0.25}}  # narrower, oneDNN fails the plain steps on some CPUs
+TINY_SEARCH = {
+    "autoattack": {
+        "model": {"arch": "resnet18", "stem": "cifar", "width": 0.0625},
+        "images": 8,
+        "size": 16,
+        "iterations": 2,
+        "targets": 1,
+        "queries": 2,
+    }
+}
 TINY_KERNELS = {"copy_mib": 4, "images": 48, "dim": 16, "batch": 4, "channels": 8, "size": 8, "pixels": 16, "side": 256}
 TINY_RUN = {
     "window": 1,
@@ -150,7 +160,7 @@ TASKS = {
     "kernels": Task(KernelBench, compare_kernels, TINY_KERNELS),
     "loader": Task(LoaderBench, compare_loaders, {"batch": 8, "batches": 2}),
     "step": Task(StepBench, compare_steps, TINY),
-    "attack": Task(AttackBench, compare_attacks, TINY),
+    "attack": Task(AttackBench, compare_all, TINY | TINY_SEARCH),
     "train": Task(TrainBench, train, TINY_RUN),
     "truth": Task(TruthBench, tell_truth, {"steps": ["plain"]}),
     "gpu": Task(GpuBench, gpu, {}),

@@ -138,7 +138,7 @@ def parts_of(rounds: int, tiny: bool, folder: Path, script: Path, pictures: Path
         "loaders": Part(90, loaders, ("loader224", "loader32"), dali),
         "step": Part(70, [bench("step", *batch)], ("step",)),
         "kernels": Part(90, [bench("kernels", *([] if tiny else ["images=8192"]))], ("kernels",)),
-        "attack": Part(50, [bench("attack", *batch)], ("attack",)),
+        "attack": Part(80, [bench("attack", *batch)], ("attack",)),
     }
 
 
