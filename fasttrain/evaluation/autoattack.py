@@ -18,6 +18,7 @@ import pydantic
 import torch
 
 from fasttrain import distributed
+from fasttrain.accuracies import interval_text
 from fasttrain.attacks import L2, AttackConfig, Linf, image_keys
 from fasttrain.attacks.autoattack import (
     BY_DLR,
@@ -32,7 +33,6 @@ from fasttrain.attacks.autoattack import (
     other_classes,
     stages,
 )
-from fasttrain.evaluation.accuracy import interval_text
 from fasttrain.evaluation.attacked import Targets, not_finite
 from fasttrain.evaluation.images import chunks
 from fasttrain.evaluation.parts import Found, Parts, Point
@@ -100,21 +100,6 @@ class EvaluatedAttackConfig(AttackConfig):
         threat = (Linf if self.norm == "linf" else L2)(self.eps_255 / 255)
         attacks = self.attacks or VERSIONS.get(self.version, VERSIONS["standard"])
         return stages(threat, attacks, classes, self.budget)
-
-
-def attack_text(attack: dict[str, Any]) -> str:
-    """``apgd on cross-entropy, linf 8/255, 10 steps``, of an attack's settings: what a robust accuracy is of."""
-    size = f"{attack['norm']} {attack['eps_255']:g}/255"
-    if attack["name"] == "autoattack":
-        named = ", ".join(attack["attacks"] or ()) or "all four"
-        budget = f"{attack['steps']} steps, {attack['targets']} targets, {attack['queries']:,} queries"
-        custom = f" ({named}; {budget})" if attack["version"] == "custom" else ""
-        return f"AutoAttack, {attack['version']}{custom}, {size}"
-    steps = [f"{attack['steps']} steps"] if attack["name"] != "fgsm" else []
-    more = [f"steps of {attack['step_255']:g}/255"] if attack.get("step_255") is not None else []
-    more += [f"{attack['restarts']} restarts"] if attack["restarts"] != 1 else []
-    more += ["from the image itself"] if attack["name"] == "pgd" and not attack["random_start"] else []
-    return ", ".join([f"{attack['name']} on cross-entropy", size, *steps, *more])
 
 
 class Stood(NamedTuple):
