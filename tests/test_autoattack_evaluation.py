@@ -84,6 +84,19 @@ def test_what_versions_have_alike_is_done_once_and_nothing_twice(encoder, tmp_pa
     assert evaluated(encoder, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce,square]")["standing"] == both["standing"]
 
 
+def test_the_first_attack_goes_by_bf16_where_there_is_it_and_all_are_judged_in_full(encoder, tmp_path, monkeypatch):
+    full = evaluated(encoder, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce,apgd-t]")
+    module = script("eval")
+    monkeypatch.setattr(module, "decide", lambda *_: "bf16")
+    monkeypatch.setitem(globals(), "script", lambda _: module)
+    half = evaluated(encoder, tmp_path / "b.json", *SMALL, "attacks=[apgd-ce,apgd-t]")
+    points = [json.loads(line)["point"] for line in kept_of(tmp_path / "b.json")]
+    searches = {point["attack"]: point.get("search") for point in points if "towards" in point}
+    assert searches == {"apgd-ce": "bfloat16", "apgd-t": None}
+    assert {point["precision"] for point in points if "attack" in point} == {"float32"}
+    assert abs(half["robust_top1"] - full["robust_top1"]) < 0.1
+
+
 def _on_rank(encoder: Path, output: Path) -> int:
     evaluated(encoder, output, *SMALL)
     return 0

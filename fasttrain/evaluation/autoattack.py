@@ -117,6 +117,7 @@ def autoattacked(
     batch: int,
     autocast: torch.dtype | None,
     parts: Parts,
+    faster: torch.dtype | None = None,
 ) -> Stood:
     """AutoAttack on the first of ``targets``; :func:`fasttrain.attacks.autoattack.autoattack`, all ranks together.
 
@@ -125,6 +126,7 @@ def autoattacked(
         classes: that the network tells apart.
         batch: images of a part, at most.
         autocast: of the network that is judged.
+        faster: of the one that apgd-ce goes by, where other attacks follow, which then meet what it has missed.
 
     Raises:
         UsageError: too few classes for an attack, or labels outside them.
@@ -163,7 +165,10 @@ def autoattacked(
     standing, flat = {"clean": indices[right]}, 0
     for stage, following in zip(planned, [*planned[1:], None], strict=True):
         stands = list(standing.values())[-1]
-        listed = points(stands, **settings_of(stage, attack))
+        settings = settings_of(stage, attack)
+        if faster is not None and stage.attack == "apgd-ce" and stage is not planned[-1]:
+            settings["search"] = str(faster).removeprefix("torch.")
+        listed = points(stands, **settings)
         found = parts.run(called(stage), listed, partial(searched, stage))
         fell = np.asarray([mask for part in found for mask in part["fell"]], dtype=bool)
         standing[stage.attack] = stands[~fell]

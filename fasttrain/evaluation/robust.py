@@ -101,7 +101,9 @@ def evaluate(
     indices = data.choose("val", config.robust.images)
     if attack.name == "autoattack":
         classes = len(classifier.task.classes)
-        stood = autoattacked(targets, indices, attack, classes, config.batch, data.autocast, parts)
+        # what is judged is the network in full, unless a precision is asked for
+        judged, faster = (None, data.autocast) if config.precision == "auto" else (data.autocast, None)
+        stood = autoattacked(targets, indices, attack, classes, config.batch, judged, parts, faster)
         clean, *_, robust = (len(images) for images in stood.standing.values())
         standing = {name: len(images) / len(indices) for name, images in stood.standing.items() if name != "clean"}
         return shares(clean, robust, len(indices))._replace(
