@@ -78,13 +78,14 @@ class Standing:
         self._unit = max(1, -(-len(everyone) // SIZES))
 
     @torch.no_grad()
-    def strike(self, x: Tensor, scores: Tensor) -> bool:
-        """Take in candidates x [b, 3, H, W], each inside its ball, and their ``scores``: whether none stands now.
+    def strike(self, x: Tensor, scores: Tensor, within: Tensor | None = None) -> bool:
+        """Take in candidates x [b, 3, H, W] and their ``scores``: whether none stands now.
 
-        Waits for their number, once.
+        Waits for their number, once. Those count that lie ``within`` [b] their balls; None: all do.
         """
-        self.found.bad[self._rows] |= ~scores.isfinite().all(1)
+        self.note_bad(scores)
         new = (scores.argmax(1) != self.cases.labels) & ~self._down
+        new = new if within is None else new & within
         if int(new.sum()):
             rows = new.nonzero()[:, 0]
             if self._judge is not None:
@@ -96,6 +97,10 @@ class Standing:
             self._down[rows] = True
             self._left -= len(rows)
         return not self._left
+
+    def note_bad(self, scores: Tensor) -> None:
+        """Note of which image a score of [b, C] is not finite."""
+        self.found.bad[self._rows] |= ~scores.isfinite().all(1)
 
     def note_flat(self, gradient: Tensor) -> None:
         """Note whose gradient [b, 3, H, W] is 0 everywhere."""
