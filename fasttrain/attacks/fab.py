@@ -31,7 +31,7 @@ from fasttrain_kernels.apgd import Norm
 
 IMAGES_SHARE, BEYOND, BACK = 0.1, 1.05, 0.9
 "The published α_max, η and β: most of the image's projection in a mixture, overshooting, and what a way back leaves."
-PASSES = 12
+PASSES = 10
 "Of Newton's method, at most."
 
 

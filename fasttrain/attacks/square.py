@@ -37,8 +37,10 @@ BLOCK = 64
 class Moves(NamedTuple):
     """Random numbers of Q queries with squares of one size."""
 
-    row: Tensor  # [B, Q, 2] int64: where a square begins, and for L2 the window that is emptied
-    column: Tensor  # [B, Q, 2] int64
+    row: Tensor  # [B, Q] int64: where the square begins
+    column: Tensor  # [B, Q] int64
+    rows: Tensor  # [B, Q, 2, H] bool: those of the square, and of the window that L2 empties
+    columns: Tensor  # [B, Q, 2, W] bool
     sign: Tensor  # [B, Q, C]: of each channel's change
     turned: Tensor  # [B, Q] int64: 1 where a bump is transposed
 
@@ -105,12 +107,13 @@ def _moves(cases: Cases, first: int, count: int, side: int) -> Moves:
     channels, height, width = cases.images.shape[1:]
     drawn = words(restarted(cases.keys, 1), 5 * count, 5 * first).view(-1, count, 5)
     coins = drawn[..., 4]
-    return Moves(
-        below(drawn[..., 0:2], height - side + 1),
-        below(drawn[..., 2:4], width - side + 1),
-        signs(coins, channels).to(cases.images.dtype),
-        coins >> 63 & 1,
+    row, column = below(drawn[..., 0:2], height - side + 1), below(drawn[..., 2:4], width - side + 1)
+    rows, columns = (
+        (place >= begin[..., None]) & (place < begin[..., None] + side)
+        for begin, place in ((row, _numbered(height, row)), (column, _numbered(width, row)))
     )
+    sign = signs(coins, channels).to(cases.images.dtype)
+    return Moves(row[..., 0], column[..., 0], rows, columns, sign, coins >> 63 & 1)
 
 
 def _stripes(images: Tensor, keys: Tensor, eps: float) -> Tensor:
@@ -120,8 +123,7 @@ def _stripes(images: Tensor, keys: Tensor, eps: float) -> Tensor:
 
 
 def _recoloured(best: Tensor, images: Tensor, moves: Moves, side: int, eps: float) -> Tensor:
-    inside = _window(images, moves.row[:, 0], moves.column[:, 0], side)
-    return torch.where(inside, (images + eps * moves.sign[:, :, None, None]).clamp(0, 1), best)
+    return torch.where(_windows(moves)[:, :1], (images + eps * moves.sign[:, :, None, None]).clamp(0, 1), best)
 
 
 def _tiles(images: Tensor, keys: Tensor, eps: float) -> Tensor:
@@ -144,25 +146,24 @@ def _moved(best: Tensor, images: Tensor, moves: Moves, side: int, eps: float) ->
     There lies the direction of a new bump plus that of the change so far; the second window is emptied.
     """
     change = best - images
-    here, there = (_window(images, moves.row[:, i], moves.column[:, i], side) for i in (0, 1))
+    here, there = _windows(moves).split(1, 1)
     squares = change.square()
-    within = _channels(torch.where(here, squares, 0))
-    freed = _channels(torch.where(here | there, squares, 0))
+    within, freed = _channels(squares * here), _channels(squares * (here | there))
     left = (eps**2 - squares.sum((1, 2, 3), keepdim=True)).clamp_min(0) / images.shape[1]
     new = _placed(images, moves, side) * moves.sign[:, :, None, None]
-    new = new + torch.where(here, change / (within.sqrt() + 1e-12), 0)
+    new = new + change * here / (within.sqrt() + 1e-12)
     new = new * ((left + freed).sqrt() / (_channels(new.square()).sqrt() + 1e-12))
-    return _at_the_edge(images, torch.where(here, new, torch.where(there, 0, change)), eps)
+    return _at_the_edge(images, torch.where(here, new, change * ~there), eps)
 
 
 def _placed(images: Tensor, moves: Moves, side: int) -> Tensor:
     """The bump of each image in the first window, [B, 1, H, W], 0 elsewhere."""
     zeros = max(images.shape[2:]) - side
-    padded = bumps(side, zeros, images.dtype, images.device)
     row, column = (
-        torch.arange(zeros, zeros + n, device=images.device) - begin[:, :1]
-        for n, begin in zip(images.shape[2:], moves[:2], strict=True)
+        _numbered(n, begin) + zeros - begin[:, None]
+        for n, begin in zip(images.shape[2:], (moves.row, moves.column), strict=True)
     )
+    padded = bumps(side, zeros, images.dtype, images.device)
     return padded[moves.turned[:, None, None], row[:, :, None], column[:, None, :]].unsqueeze(1)
 
 
@@ -187,14 +188,13 @@ def _pyramid(rows: int, columns: int) -> Tensor:
     return heights / heights.square().sum().sqrt() if rows else heights
 
 
-def _window(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
-    """[B, 1, H, W] bool: the square that begins at these row and column [B]."""
-    down, right = (
-        torch.arange(n, device=images.device) - begin[:, None]
-        for n, begin in zip(images.shape[2:], (row, column), strict=True)
-    )
-    down, right = (down >= 0) & (down < side), (right >= 0) & (right < side)
-    return (down[:, :, None] & right[:, None, :]).unsqueeze(1)
+def _windows(moves: Moves) -> Tensor:
+    """[B, 2, H, W] bool: the square, and the window that L2 empties."""
+    return moves.rows[..., None] & moves.columns[..., None, :]
+
+
+def _numbered(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, device=like.device)
 
 
 def _at_the_edge(images: Tensor, change: Tensor, eps: float) -> Tensor:
