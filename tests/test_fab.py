@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from fasttrain.attacks import L2, Linf
 from fasttrain.attacks.fab import fab, projection
 from fasttrain.attacks.search import Cases, Victim
+from tests.launches import Watch
 from tests.test_attacks import classifier, norms, pictures
 
 THREATS = {"linf": Linf(30 / 255), "l2": L2(1.2)}
@@ -104,6 +107,16 @@ def test_projection_on_what_cannot_be_reached(norm):
     corner = torch.where(w > 0, 1 - points, torch.where(w < 0, -points, 0))
     assert torch.equal(change, corner)
     assert not change[0].any()
+
+
+@pytest.mark.parametrize("norm", THREATS)
+def test_projection_that_takes_nearly_all_falls_a_little_short_at_most(norm):
+    points, w, _ = hyperplanes("upwards")
+    w *= 10 ** (-6 * points.roll(1, 0))
+    most = (w.abs() * torch.where(w > 0, 1 - points, points)).sum((1, 2, 3))
+    for share in (0.99, 0.9999, 0.999999):
+        reached = (w * projection(points, w, share * most, norm)).sum((1, 2, 3)) / (share * most)
+        assert reached.min() > 0.999 and reached.max() < 1 + 1e-12
 
 
 @pytest.mark.parametrize("norm", THREATS)
@@ -275,3 +288,23 @@ def test_notes_bad_scores_and_gradients_of_zero():
     assert found.bad.tolist() == [False, False, True]
     assert found.fell.tolist()[:2] == [True, False]
     assert torch.equal(found.images[1], images[1])
+
+
+@pytest.mark.parametrize("norm", THREATS)
+def test_launches_of_a_step(norm):
+    """Beside the network's, on a GPU; and it waits once."""
+    images, zeros = torch.full((16, 3, 16, 16), 0.5), torch.zeros(16, dtype=torch.long)
+    w, counts = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)), []
+
+    def logits(x: Tensor) -> Tensor:
+        ahead = (x * w).sum((1, 2, 3)) - 1000
+        return torch.stack((torch.zeros_like(ahead), ahead), 1)
+
+    with mock.patch("fasttrain.attacks.fab._read_for_nothing", lambda x: False):
+        for steps in (2, 12):
+            with Watch() as watch:
+                fab(THREATS[norm], steps)(Victim(logits), Cases(images, zeros, zeros, zeros + 1))
+            counts.append(watch)
+    first, second = counts
+    assert second.total - first.total <= 10 * 190
+    assert second.waits.total() - first.waits.total() <= 10

@@ -321,6 +321,5 @@ def test_launches_of_a_query(norm, most):
             square(THREATS[norm], queries)(Victim(lambda x: scores), cases)
         counts.append(watch)
     first, second = counts
-    print((second.total - first.total) / 64, second.launches - first.launches)
     assert second.total - first.total <= 64 * most
     assert second.waits.total() - first.waits.total() <= 64

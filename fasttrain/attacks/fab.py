@@ -14,8 +14,8 @@ Projecting
 
     φ is increasing, concave and piecewise linear, with φ(0) = 0. A tangent of it lies above it, so Newton's method from
     0 never passes the solution, goes up from pass to pass, and ends on the piece where the solution lies, exactly.
-    What is still missing times the slope falls to a quarter or less with every pass; gradients of networks take three
-    to five of them, and nothing is sorted.
+    What is still missing, times the slope, falls to a quarter or less with every pass. Gradients of networks take one
+    to four; ten come within a thousandth of r even where nearly all of what can be moved must be. Nothing is sorted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fasttrain_kernels.apgd import Norm
 IMAGES_SHARE, BEYOND, BACK = 0.1, 1.05, 0.9
 "The published α_max, η and β: most of the image's projection in a mixture, overshooting, and what a way back leaves."
 PASSES = 10
-"Of Newton's method, at most."
+"Of Newton's method, at most: on a GPU all of them, so that the host does not wait."
 
 
 def fab(threat: Threat, steps: int) -> Search:
@@ -42,7 +42,8 @@ def fab(threat: Threat, steps: int) -> Search:
     two forwards and an input gradient. What the published code goes on to find for an image that fell is not asked.
 
     It differs from the published code where that depends on the scale of the logits or loses digits: there, L2
-    projections take gradients below 1e-8 for 0, and a hyperplane's offset is the difference of two large numbers.
+    projections take gradients below 1e-8 for 0, and a hyperplane's offset is the difference of two large numbers. As
+    there, an image counts as fallen only if its distance is at most eps as it is computed, without any slack.
     """
 
     def search(victim: Victim, cases: Cases) -> Found:
@@ -101,15 +102,19 @@ def projection(points: Tensor, w: Tensor, amount: Tensor, norm: Norm) -> Tensor:
 
 def _solution(rate: Tensor, full: Tensor, volume: Tensor, amount: Tensor) -> Tensor:
     """The least t [B] with Σ rate min(t, full) = amount, ``volume`` being rate · full; huge where there is none."""
-    t = torch.zeros_like(amount)
+    t, none = torch.zeros_like(amount), rate.new_zeros(())
     for _ in range(PASSES):
         rising = full > _spread(t)
-        missing = amount - _sum(torch.where(rising, 0, volume))
-        slope = _sum(torch.where(rising, rate, 0))
+        missing = amount - _sum(torch.where(rising, none, volume))
+        slope = _sum(torch.where(rising, rate, none))
         before, t = t, torch.maximum(t, (missing / slope).nan_to_num(0))
-        if t.device.type == "cpu" and torch.equal(t, before):  # which costs no wait; none is ever changed by more
+        if _read_for_nothing(t) and torch.equal(t, before):  # and so it stays
             break
     return t
+
+
+def _read_for_nothing(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def length(change: Tensor, norm: Norm) -> Tensor:
