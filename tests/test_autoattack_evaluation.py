@@ -39,7 +39,7 @@ def encoder(tmp_path_factory) -> Path:
 
 def arguments(encoder: Path, output: Path, *attack: str) -> list[str]:
     given = ["task=robust", f"source={encoder}", f"output={output}", "device=cpu", "batch=20"]
-    given += ["augment.size=16", "loader.threads=1", "bank=100", "linear.l2=[0.1]", "robust.images=60"]
+    given += ["augment.size=16", "loader.threads=1", "bank=1000", "linear.l2=[0.1]", "robust.images=60"]
     return [*given, "robust.attack.name=autoattack", *(f"robust.attack.{one}" for one in attack)]
 
 
@@ -50,7 +50,8 @@ def evaluated(encoder: Path, output: Path, *attack: str) -> dict:
 
 
 def kept(folder: Path) -> list[dict]:
-    return [json.loads(line)["point"] for path in folder.glob("*.parts/*.jsonl") for line in path.open()]
+    """The points of all that is kept, oldest first."""
+    return [json.loads(line)["point"] for path in sorted(folder.glob("*.json")) for line in kept_of(path)]
 
 
 def test_the_command_tells_attack_by_attack_with_counts_and_intervals(encoder, tmp_path, capsys):
