@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasttrain.accuracies import attack_text, percent
 from fasttrain.errors import UsageError
-from fasttrain.evaluation.accuracy import percent
 from fasttrain.evaluation.logged import Lines, Series, from_zero, series, smoothed
 from fasttrain.figures import panels, png, style
 from fasttrain.inherited import settings_of
@@ -219,10 +219,18 @@ def _accuracies(lines: Lines, settings: Settings, classes: int | None) -> list[P
             guess = f"a guess among {classes:,} classes: {percent(1 / classes)}"
             axis.axhline(100 / classes, color="gray", linestyle=":", label=guess)
         axis.set_ylabel("accuracy (%)" if len(found) > 1 else f"{next(iter(found))} accuracy (%)")
+        if "robust" in found and (attack := settings.get("robust", {}).get("attack")):
+            axis.set_title(fill(f"robust: under {attack_text(attack)}{_images(lines)}", WIDE), fontsize="small")
         from_zero(axis)
         _gaps(axis, list(found.values()), "evaluations")
 
     return [draw] if found else []
+
+
+def _images(lines: Lines) -> str:
+    """That the robust accuracies are of, where the run says it."""
+    counts = [line["robust_images"] for line in lines if "robust_images" in line]
+    return f", {counts[-1]:,.0f} images" if counts else ""
 
 
 def _before(settings: Settings) -> str:

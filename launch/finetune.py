@@ -12,6 +12,7 @@ ends at once); a mistake exits with code 2; when a rank is lost the others name 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +23,7 @@ from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
-from fasttrain.evaluation.accuracy import percent
+from fasttrain.accuracies import UPPER_BOUND, attack_text, interval_text, percent
 from fasttrain.evaluation.images import catalog_features, thin
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
 from fasttrain.evaluation.online import open_measured
@@ -141,7 +142,7 @@ def finetune(config: FinetuneConfig) -> int:
         if not engine.fit(parts.module, config, parts.plan, parts.loader, fingerprint, run, device, parts.evaluations):
             return cli.EXIT_SAVED_ON_SIGNAL
         if distributed.rank() == 0:
-            print(summary(run))
+            print(summary(run, config.robust.attack))
             form = config.augment, config.export.normaliser
             weights = export.export(encoder, run.dir, *form, step=parts.plan.steps, finetuned_from=config.source)
             print(printable(f"{'weights':20s}{weights}"))
@@ -207,13 +208,17 @@ def fit_to_clean_features(
     classifier.bias.copy_(found.bias)
 
 
-def summary(run: Run) -> str:
+def summary(run: Run, attack: AttackConfig) -> str:
     """What a person wants to know at the end."""
     metrics = read_metrics(run.dir / "metrics.jsonl")
     lines = {}
     for key in ("clean_top1", "robust_top1"):
         if values := [line[key] for line in metrics if key in line]:
             lines[key] = f"{percent(values[-1])} fine-tuned, {percent(values[0])} the source"
+    images = [int(line["robust_images"]) for line in metrics if "robust_images" in line]
+    if "robust_top1" in lines and images and math.isfinite(values[-1]):
+        lines["robust_top1"] = f"{interval_text(values[-1], images[-1])} fine-tuned, {percent(values[0])} the source"
+        lines["under"] = f"{attack_text(attack.model_dump())}: {UPPER_BOUND}"
     lines |= {"run": run.dir}
     return "\n" + "\n".join(printable(f"{name:20s}{value}") for name, value in lines.items())
 

@@ -22,7 +22,7 @@ from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
-from fasttrain.evaluation.accuracy import percent
+from fasttrain.accuracies import percent
 from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN, open_measured
 from fasttrain.export import ExportConfig
 from fasttrain.models import Encoder, HeadConfig, ModelConfig

@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"printable", "figures"},
+    {"accuracies", "printable", "figures"},
     {"errors", "precision", "processes"},
     {"reading", "rendezvous"},
     {"nearest"},

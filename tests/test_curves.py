@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fasttrain import distributed
+from fasttrain.accuracies import wilson
 from fasttrain.attacks import L2, Linf, PLBConfig, fgsm, image_keys, make_attack, pgd, plb
 from fasttrain.attacks.losses import cross_entropy
 from fasttrain.config import load, resolve
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.evaluation import attacked, curves
-from fasttrain.evaluation.accuracy import wilson
 from fasttrain.evaluation.attacked import outcomes
 from fasttrain.evaluation.curves import (
     CurvesEvaluation,

@@ -150,7 +150,7 @@ def test_fine_tunings_are_compared_by_what_differs_between_them(tmp_path, capsys
     assert table["runs"][1]["reached"]["clean_top1"] == {"first": 0.9, "last": 0.8, "best": 0.9, "best_step": 0}
     assert table["runs"][3]["accuracies"] == {} and table["attack"]["attack"]["eps_255"] == 8
     said = capsys.readouterr().out
-    assert "apgd, linf 8/255, 10 steps, 100 images" in said and "-10.0" in said
+    assert "apgd on cross-entropy, linf 8/255, 10 steps, 100 images; an upper bound" in said and "-10.0" in said
     assert "alpha 1, lr 1e-4: clean_top1 85.0 ± 7.1 % over 2 runs" in said
     assert "lr measured no accuracy (robust.every_steps=0)" in said and "eval.py robust" in said
 
@@ -201,7 +201,10 @@ def test_what_cannot_be_shown_is_a_line(tmp_path, task, change, message):
 
 def test_runs_whose_accuracies_cannot_be_compared_are_refused(tmp_path):
     first, other = fine_tuned(tmp_path / "a"), fine_tuned(tmp_path / "b", attack=APGD | {"eps_255": 4.0})
-    with pytest.raises(UsageError, match=r"by apgd, linf 4/255, .*by apgd, linf 8/255, .*one robust.attack"):
+    with pytest.raises(
+        UsageError,
+        match=r"by apgd on cross-entropy, linf 4/255, .*by apgd on cross-entropy, linf 8/255, .*one robust.attack",
+    ):
         evaluated("fare", sources(first, other), f"output={tmp_path / 'x.json'}")
     settings = yaml.safe_load((other / "config.yaml").read_text()) | {"data": {"root": "/data/b"}}
     (other / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -21,6 +21,12 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return others.amax(1) - _of(logits, labels)
 
 
+def lead(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """z_t − z_y of logits z [B, C] and target classes t [B]."""
+    logits = _wide(logits)
+    return _of(logits, targets) - _of(logits, labels)
+
+
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio (Croce & Hein 2020), −(z_y − max_{i ≠ y} z_i) / (z_π1 − z_π3), π sorting downwards.
 
@@ -40,8 +46,7 @@ def dlr_targeted(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         UsageError: fewer than 4 classes.
     """
     top = _sorted(logits, 4)
-    logits = _wide(logits)
-    return (_of(logits, targets) - _of(logits, labels)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return lead(logits, labels, targets) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 def squared_distance(embeddings: Tensor, references: Tensor) -> Tensor:
@@ -67,4 +72,4 @@ def _sorted(logits: Tensor, count: int) -> Tensor:
     return _wide(logits).topk(count).values
 
 
-__all__ = ["cross_entropy", "dlr", "dlr_targeted", "margin", "squared_distance"]
+__all__ = ["cross_entropy", "dlr", "dlr_targeted", "lead", "margin", "squared_distance"]

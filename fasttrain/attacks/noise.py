@@ -31,24 +31,33 @@ def restarted(keys: Tensor, restart: int) -> Tensor:
 
 def uniform(keys: Tensor, like: Tensor) -> Tensor:
     """Uniform numbers k/2²⁴ in [0, 1), of the shape, type and memory format of ``like`` [B, ...]."""
-    return _shaped(_high_bits(_words(keys, like)), like)
+    return _shaped(_high_bits(words(keys.to(like.device), math.prod(like.shape[1:]))), like)
 
 
 def normal(keys: Tensor, like: Tensor) -> Tensor:
     """Standard normal numbers (Box-Muller), of the shape, type and memory format of ``like`` [B, ...]."""
-    words = _words(keys, like)
-    radius = (-2 * (1 - _high_bits(words)).log()).sqrt()
-    return _shaped(radius * (2 * math.pi * _high_bits(words << 32)).cos(), like)
+    drawn = words(keys.to(like.device), math.prod(like.shape[1:]))
+    radius = (-2 * (1 - _high_bits(drawn)).log()).sqrt()
+    return _shaped(radius * (2 * math.pi * _high_bits(drawn << 32)).cos(), like)
+
+
+def words(keys: Tensor, count: int, first: int = 0) -> Tensor:
+    """64 random bits each, [B, count] int64: each image's words from number ``first`` on."""
+    counter = torch.arange(first + 1, first + count + 1, device=keys.device) * _signed(_GAMMA)
+    return _mix(_mix(keys)[:, None] + counter)
+
+
+def below(drawn: Tensor, limit: int) -> Tensor:
+    """Uniform integers from 0 to limit − 1, at most 2³¹, of the words' high bits."""
+    return _shifted(drawn, 32) * limit >> 32
+
+
+def signs(drawn: Tensor, count: int) -> Tensor:
+    """±1 int64 [..., count] of the lowest bits of words [...]."""
+    return ((drawn[..., None] >> torch.arange(count, device=drawn.device)) & 1) * 2 - 1
 
 
 _GAMMA = 0x9E3779B97F4A7C15
-
-
-def _words(keys: Tensor, like: Tensor) -> Tensor:
-    """64 random bits a value, [B, values]."""
-    count = math.prod(like.shape[1:])
-    counter = torch.arange(1, count + 1, device=like.device) * _signed(_GAMMA)
-    return _mix(_mix(keys.to(like.device))[:, None] + counter)
 
 
 def _mix(z: Word) -> Word:

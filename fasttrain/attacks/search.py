@@ -84,18 +84,18 @@ class Standing:
         self._unit = max(1, -(-len(everyone) // SIZES))
 
     @torch.no_grad()
-    def strike(self, x: Tensor, scores: Tensor) -> bool:
-        """Take in candidates x [b, 3, H, W], each inside its ball, and their ``scores``: whether none stands now.
+    def strike(self, x: Tensor, scores: Tensor, within: Tensor | None = None) -> bool:
+        """Take in candidates x [b, 3, H, W] and their ``scores``: whether none stands now.
 
-        Waits for their number, once.
+        Waits for their number, once. Those count that lie ``within`` [b] their balls; None: all do.
         """
-        self.found.bad[self._rows] |= ~scores.isfinite().all(1)
+        self.note_bad(scores)
         new = (scores.argmax(1) != self.cases.labels) & ~self._down
+        new = new if within is None else new & within
         if int(new.sum()):
             rows = new.nonzero()[:, 0]
             if self._judge is not None:
                 judged = self._judge(x[rows])
-                self.found.bad[self._rows[rows]] |= ~judged.isfinite().all(1)
                 rows = rows[judged.argmax(1) != self.cases.labels[rows]]
             self.found.images[self._rows[rows]] = x[rows]
             self.found.fell[self._rows[rows]] = True
@@ -109,6 +109,10 @@ class Standing:
         if not self._begun:
             self.found.flat[self._rows] = (gradient == 0).all(3).all(2).all(1)
             self._begun = True
+
+    def note_bad(self, scores: Tensor) -> None:
+        """Note of which image a score of [b, C] is not finite."""
+        self.found.bad[self._rows] |= ~scores.isfinite().all(1)
 
     def shrink(self, *kept: Tensor) -> tuple[Tensor, ...]:
         """``kept`` [b, ...] without images that fell, but for those that fill up one of the few sizes."""

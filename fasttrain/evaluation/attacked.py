@@ -58,13 +58,13 @@ def not_finite(count: int, total: int, under_attack: bool, autocast: torch.dtype
 class Targets:
     """Encoders with their classifiers, and the validation images that they are attacked on: points, and how to work.
 
-    The network at hand, folded, and the images at hand are kept for the points that follow.
+    The network at hand, folded (in two precisions), and the images at hand are kept for the points that follow.
     """
 
     def __init__(self, data: EvaluationData, targets: Sequence[tuple[Encoder, Linear]]) -> None:
         self._data = data
         self._named = [({"weights": fingerprint(e), "classifier": _digest(c)}, e, c) for e, c in targets]
-        self._model, self._batch = lru_cache(maxsize=1)(self._folded), lru_cache(maxsize=1)(self._shown)
+        self._model, self._batch = lru_cache(maxsize=2)(self._folded), lru_cache(maxsize=1)(self._shown)
 
     def point(self, target: int, chunk: np.ndarray, autocast: torch.dtype | None, **settings: Any) -> Point:
         """Of the images ``chunk``, at most ``config.batch``, as the ``target``-th sees them in this precision."""
@@ -96,7 +96,14 @@ class Targets:
         return logits, batch._replace(labels=classifier.task.relabelled(batch.labels))
 
     def victim(self, point: Point) -> tuple[Victim, Batch]:
-        """As :meth:`at`, for a search; each call of its logits is in the precision of ``point``."""
+        """As :meth:`at`, for a search: judged in the precision of ``point``, gone by in its ``search``, if it has one."""
+        judge, batch = self._cast(point)
+        if "search" not in point:
+            return Victim(judge), batch
+        return Victim(self._cast(point | {"precision": point["search"]})[0], judge), batch
+
+    def _cast(self, point: Point) -> tuple[Logits, Batch]:
+        """As :meth:`at`; logits are in the precision of ``point`` wherever they are asked for."""
         autocast = self._autocast(point)
         plain, batch = self.at(point)
 
@@ -104,7 +111,7 @@ class Targets:
             with torch.autocast(self._data.device.type, autocast, enabled=autocast is not None):
                 return plain(x)
 
-        return Victim(logits), batch
+        return logits, batch
 
     def outcomes(self, point: Point, attack: Attack) -> Outcomes:
         """:func:`outcomes` at ``point``, on the CPU.

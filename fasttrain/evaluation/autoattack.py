@@ -18,6 +18,7 @@ import pydantic
 import torch
 
 from fasttrain import distributed
+from fasttrain.accuracies import interval_text
 from fasttrain.attacks import L2, AttackConfig, Linf, image_keys
 from fasttrain.attacks.autoattack import (
     BY_DLR,
@@ -32,7 +33,6 @@ from fasttrain.attacks.autoattack import (
     other_classes,
     stages,
 )
-from fasttrain.evaluation.accuracy import interval_text
 from fasttrain.evaluation.attacked import Targets, not_finite
 from fasttrain.evaluation.images import chunks
 from fasttrain.evaluation.parts import Found, Parts, Point
@@ -102,21 +102,6 @@ class EvaluatedAttackConfig(AttackConfig):
         return stages(threat, attacks, classes, self.budget)
 
 
-def attack_text(attack: dict[str, Any]) -> str:
-    """``apgd on cross-entropy, linf 8/255, 10 steps``, of an attack's settings: what a robust accuracy is of."""
-    size = f"{attack['norm']} {attack['eps_255']:g}/255"
-    if attack["name"] == "autoattack":
-        named = ", ".join(attack["attacks"] or ()) or "all four"
-        budget = f"{attack['steps']} steps, {attack['targets']} targets, {attack['queries']:,} queries"
-        custom = f" ({named}; {budget})" if attack["version"] == "custom" else ""
-        return f"AutoAttack, {attack['version']}{custom}, {size}"
-    steps = [f"{attack['steps']} steps"] if attack["name"] != "fgsm" else []
-    more = [f"steps of {attack['step_255']:g}/255"] if attack.get("step_255") is not None else []
-    more += [f"{attack['restarts']} restarts"] if attack["restarts"] != 1 else []
-    more += ["from the image itself"] if attack["name"] == "pgd" and not attack["random_start"] else []
-    return ", ".join([f"{attack['name']} on cross-entropy", size, *steps, *more])
-
-
 class Stood(NamedTuple):
     """What AutoAttack left."""
 
@@ -132,6 +117,7 @@ def autoattacked(
     batch: int,
     autocast: torch.dtype | None,
     parts: Parts,
+    faster: torch.dtype | None = None,
 ) -> Stood:
     """AutoAttack on the first of ``targets``; :func:`fasttrain.attacks.autoattack.autoattack`, all ranks together.
 
@@ -140,6 +126,7 @@ def autoattacked(
         classes: that the network tells apart.
         batch: images of a part, at most.
         autocast: of the network that is judged.
+        faster: of the one that apgd-ce goes by, where other attacks follow, which then meet what it has missed.
 
     Raises:
         UsageError: too few classes for an attack, or labels outside them.
@@ -178,7 +165,10 @@ def autoattacked(
     standing, flat = {"clean": indices[right]}, 0
     for stage, following in zip(planned, [*planned[1:], None], strict=True):
         stands = list(standing.values())[-1]
-        listed = points(stands, **settings_of(stage, attack))
+        settings = settings_of(stage, attack)
+        if faster is not None and stage.attack == "apgd-ce" and stage is not planned[-1]:
+            settings["search"] = str(faster).removeprefix("torch.")
+        listed = points(stands, **settings)
         found = parts.run(called(stage), listed, partial(searched, stage))
         fell = np.asarray([mask for part in found for mask in part["fell"]], dtype=bool)
         standing[stage.attack] = stands[~fell]

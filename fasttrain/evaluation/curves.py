@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fasttrain.accuracies import wilson
 from fasttrain.attacks import AttackConfig, PLBConfig, image_keys, make_attack, plb
 from fasttrain.attacks.evaluation import Watched
 from fasttrain.attacks.losses import margin
@@ -23,7 +24,6 @@ from fasttrain.attacks.plb import PLBSteps
 from fasttrain.config import Where
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
-from fasttrain.evaluation.accuracy import wilson
 from fasttrain.evaluation.attacked import Logits, Targets, not_finite
 from fasttrain.evaluation.classifier import ClassifierConfig, classifier_of
 from fasttrain.evaluation.evaluation import ComparisonConfig, Evaluation, EvaluationData, Subject

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
+from fasttrain.accuracies import UPPER_BOUND, attack_text, interval_text, percent
 from fasttrain.errors import UsageError
-from fasttrain.evaluation.accuracy import percent
-from fasttrain.evaluation.autoattack import attack_text
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, SourcesConfig, Subject
 from fasttrain.evaluation.logged import (
     Lines,
@@ -67,6 +66,7 @@ class FareRun(NamedTuple):
     losses: dict[str, Series]  # adversarial, clean: unweighted, a squared distance
     accuracies: dict[str, Series]  # clean_top1, robust_top1: shares in [0, 1]; {}: none were measured
     reached: dict[str, Reached]  # of the accuracies; the first is the source's
+    images: int | None  # that they are of; None: the run does not say
 
 
 class FareResult(NamedTuple):
@@ -110,7 +110,9 @@ def of_run(subject: Subject, method: str, lines: Lines) -> FareRun:
             "leave it out"
         )
     accuracies = {name: found for name in ACCURACIES if (found := series(lines, name)) is not None}
-    return FareRun(subject.name, method, losses, accuracies, {name: reached(one) for name, one in accuracies.items()})
+    came = {name: reached(one) for name, one in accuracies.items()}
+    images = next((int(line["robust_images"]) for line in lines if "robust_images" in line), None)
+    return FareRun(subject.name, method, losses, accuracies, came, images)
 
 
 def attack_of(subjects: Sequence[Subject]) -> dict[str, Any] | None:
@@ -153,9 +155,13 @@ def lines(found: FareResult) -> list[str]:
         for name in ACCURACIES:
             if len(seeds) > 1 and (curve := mean_of([seed.accuracies.get(name) for seed in seeds])) is not None:
                 said.append(f"{method}: {name} {spread(curve)}")
+    for run in found.runs:
+        if run.images is not None and "robust_top1" in run.reached:
+            said.append(f"{run.name}: robust accuracy {interval_text(run.reached['robust_top1'].last, run.images)}")
     if found.attack is not None:
         said.append(
-            f"robust: under {measured_by(found.attack)}, an image that is wrong without an attack counted wrong"
+            f"robust: under {measured_by(found.attack)}, an image that is wrong without an attack counted wrong; "
+            f"{UPPER_BOUND}"
         )
     return said + found.notes
 

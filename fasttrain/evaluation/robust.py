@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from fasttrain.accuracies import UPPER_BOUND, attack_text, interval_text, wilson
 from fasttrain.attacks import AttackConfig, attacked, make_attack
 from fasttrain.config import Config, Where
 from fasttrain.data import Batch
@@ -17,17 +18,14 @@ from fasttrain.data.catalog import Catalog
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.distributed import all_reduce
 from fasttrain.errors import UsageError
-from fasttrain.evaluation.accuracy import interval_text, wilson
 from fasttrain.evaluation.attacked import Targets, not_finite, outcomes
-from fasttrain.evaluation.autoattack import EvaluatedAttackConfig, attack_text, autoattacked
+from fasttrain.evaluation.autoattack import EvaluatedAttackConfig, autoattacked
 from fasttrain.evaluation.classifier import ClassifierConfig, classifier_of
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject
 from fasttrain.evaluation.images import chunks, evaluation_batches, thin
 from fasttrain.evaluation.linear import ProbedConfig
 from fasttrain.evaluation.parts import Found, Parts, Point
 from fasttrain.models import Encoder
-
-UPPER_BOUND = "an upper bound: robust.attack.name=autoattack gives the figure that tables report"
 
 
 class RobustConfig(Config):
@@ -103,7 +101,9 @@ def evaluate(
     indices = data.choose("val", config.robust.images)
     if attack.name == "autoattack":
         classes = len(classifier.task.classes)
-        stood = autoattacked(targets, indices, attack, classes, config.batch, data.autocast, parts)
+        # what is judged is the network in full, unless a precision is asked for
+        judged, faster = (None, data.autocast) if config.precision == "auto" else (data.autocast, None)
+        stood = autoattacked(targets, indices, attack, classes, config.batch, judged, parts, faster)
         clean, *_, robust = (len(images) for images in stood.standing.values())
         standing = {name: len(images) / len(indices) for name, images in stood.standing.items() if name != "clean"}
         return shares(clean, robust, len(indices))._replace(
@@ -179,7 +179,7 @@ def lines(found: RobustAccuracy) -> list[str]:
 
 
 class OnlineRobust:
-    """``(step) -> {"clean_top1": …, "robust_top1": …}`` of the encoder as it stands; a callback, run by all ranks."""
+    """``(step) -> {"clean_top1": …, "robust_top1": …, "robust_images": …}``; a callback, run by all ranks."""
 
     metrics = ("clean_top1", "robust_top1")
 
@@ -204,7 +204,7 @@ class OnlineRobust:
             found = robust_accuracy(
                 self.encoder, self.classifier, batches, self.config.attack, self.device, self.autocast
             )
-        return {"clean_top1": found.clean_top1, "robust_top1": found.robust_top1}
+        return {"clean_top1": found.clean_top1, "robust_top1": found.robust_top1, "robust_images": found.images}
 
 
 EVALUATION = Evaluation(

@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fasttrain import checkpoint, distributed
+from fasttrain.accuracies import percent
 from fasttrain.config import Where, resolve
 from fasttrain.data import Batch
 from fasttrain.errors import NotFinite, UsageError
-from fasttrain.evaluation.accuracy import percent
 from fasttrain.evaluation.evaluation import ComparisonConfig, Evaluation, EvaluationData, Subject, fingerprint
 from fasttrain.evaluation.logged import (
     Lines,

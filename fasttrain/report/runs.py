@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from fasttrain.accuracies import attack_text, wilson
 from fasttrain.config import flatten
 from fasttrain.printable import printable
 from fasttrain.report.collect import Found, RunFound, mapping
@@ -49,9 +50,10 @@ def table(found: Found) -> list[Column]:
     reached = []
     for key, label in ACCURACIES.items():
         values = [[100 * value for value in finite(run, key)] for run in runs]
-        reached.append(Column(label, [number(v[-1], ".1f") if v else MISSING for v in values]))
+        reached.append(Column(label, [_share(run, key, v) for run, v in zip(runs, values, strict=True)]))
         if any(v and max(v) != v[-1] for v in values):
             reached.append(Column(f"best {label}", [number(max(v), ".1f") if v else MISSING for v in values]))
+    reached.append(Column("robust under", [_attack(run) for run in runs]))
     losses = [finite(run, "loss") for run in runs]
     reached.append(Column("loss", [number(v[-1], ".4g") if v else MISSING for v in losses]))
     reached.append(Column("lowest loss", [number(min(v), ".4g") if v else MISSING for v in losses]))
@@ -114,6 +116,29 @@ def state(run: RunFound) -> str:
 def finite(run: RunFound, key: str) -> list[float]:
     """Of what a run reported as ``key``, what can be compared."""
     return [line[key] for line in run.metrics if key in line and math.isfinite(line[key])]
+
+
+def _share(run: RunFound, key: str, percents: list[float]) -> Cell:
+    """The last of ``percents``; a robust one with its interval, where the run says of how many images it is."""
+    if not percents:
+        return MISSING
+    images = finite(run, "robust_images") if key == "robust_top1" else []
+    if not images:
+        return number(percents[-1], ".1f")
+    low, high = wilson(round(percents[-1] / 100 * images[-1]), int(images[-1]))
+    return Cell(f"{percents[-1]:.1f} ({100 * low:.1f} to {100 * high:.1f})", percents[-1])
+
+
+def _attack(run: RunFound) -> Cell:
+    """What its robust accuracy is of."""
+    if not finite(run, "robust_top1"):
+        return MISSING
+    try:
+        told = attack_text(mapping(run.settings.get("robust"))["attack"])
+    except (LookupError, TypeError, ValueError):
+        return MISSING
+    images = finite(run, "robust_images")
+    return word(f"{told}, {images[-1]:,.0f} images" if images else told)
 
 
 def _steps(run: RunFound) -> Cell:

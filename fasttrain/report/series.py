@@ -15,6 +15,7 @@ BUDGET = 200_000
 "Points of a whole page."
 SHARE = 20
 "Of a series one in so many reports is the window of the moving mean."
+NO_CURVE = ("step", "epoch", "robust_images")
 FIRST = ("loss", "knn_top1", "clean_top1", "robust_top1")
 LABELS = {
     "knn_top1": "kNN accuracy (%)",
@@ -34,7 +35,7 @@ def curves(found: Found) -> dict[str, Any]:
     A series is ``{"x": steps, "y": values}``, with ``"s"`` the moving mean of the whole series at these steps; a value
     that was not finite is null. ``points`` is how many a series has at most.
     """
-    keys = {key: None for run in found.runs for line in run.metrics for key in line if key not in ("step", "epoch")}
+    keys = {key: None for run in found.runs for line in run.metrics for key in line if key not in NO_CURVE}
     ordered = [key for key in FIRST if key in keys] + [key for key in keys if key not in FIRST]
     count = sum(any(key in line for line in run.metrics) for run in found.runs for key in ordered)
     points = max(FEWEST, min(POINTS, BUDGET // max(count, 1)))
