@@ -61,6 +61,11 @@ class AttackConfig(Config):
             raise ValueError(f"eps_255={self.eps_255}: an linf bound is at most 255, the whole pixel range")
         return self
 
+    @property
+    def starts_at_image(self) -> bool:
+        """Whether the first step is taken at the image itself."""
+        return self.name == "fgsm" or not self.random_start
+
     def doubts(self) -> list[str]:
         found, least = [], 1 if self.norm == "linf" else 5
         if 0 < self.eps_255 < least:
