@@ -97,8 +97,8 @@ class OptimizerConfig(Config):
         late = [epoch for epoch in self.milestones if round(epoch * steps_per_epoch) >= total]
         if late:
             raise UsageError(
-                f"optimizer.milestones=[{_listed(self.milestones)}]: {_listed(late)} is not before the end of the run, "
-                f"which is after {total / steps_per_epoch:.4g} epochs: leave it out, or train longer"
+                f"optimizer.milestones=[{_listed(self.milestones)}]: {_listed(late)} is not before the run's "
+                f"end, after {total / steps_per_epoch:.4g} epochs: leave it out, or train longer"
             )
         return [round(epoch * steps_per_epoch) for epoch in self.milestones]
 
