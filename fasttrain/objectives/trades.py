@@ -42,7 +42,7 @@ def trades(beta: float = 6.0) -> Objective:
 def trades_one_sided() -> OneSided:
     """KL(f(x) ‖ f(x')) [B] of the fixed view x and the attacked x'. At x' = x its gradient is 0: start at random.
 
-    Published code starts within a thousandth of x, in all of L∞'s ball or at x itself, where rounding leads the way.
+    Published attacks on it start a thousandth beside x, and some at x, where rounding leads the way.
     """
 
     def against(fixed: Encoded, batch: Batch):
