@@ -19,6 +19,7 @@ from fasttrain.config import load, resolve
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.evaluation import attacked, curves
+from fasttrain.evaluation.accuracy import wilson
 from fasttrain.evaluation.attacked import outcomes
 from fasttrain.evaluation.curves import (
     CurvesEvaluation,
@@ -27,7 +28,6 @@ from fasttrain.evaluation.curves import (
     curve_of_smallest,
     half_size,
     smallest_changes,
-    wilson,
 )
 from fasttrain.export import export
 from fasttrain.models import Encoder, HeadConfig, ModelConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 from torch import Tensor
@@ -42,17 +42,20 @@ class AttackConfig(Config):
     batchnorm: BatchNormMode = "eval"
     """BatchNorm during the attack: eval (running statistics, folded into the convolutions) or train (the batch's)."""
 
+    users: ClassVar[dict[str, tuple[str, ...]]] = {
+        "steps": ("pgd", "apgd"),
+        "restarts": ("pgd", "apgd"),
+        "step_255": ("pgd",),
+        "random_start": ("pgd",),
+    }
+    "Settings that not every attack uses, and which do."
+
     @pydantic.model_validator(mode="after")
     def _nothing_unused(self) -> AttackConfig:
-        unused = {
-            "fgsm": ("steps", "step_255", "restarts", "random_start"),
-            "pgd": (),
-            "apgd": ("step_255", "random_start"),
-        }
-        for field in unused[self.name]:
+        for field, names in self.users.items():
             value, default = getattr(self, field), type(self).model_fields[field].default
-            if value != default:
-                raise ValueError(f"{field}={value}: {self.name} does not use it; leave it out or set name=pgd")
+            if value != default and self.name not in names:
+                raise ValueError(f"{field}={value}: {self.name} does not use it; leave it out or set name={names[0]}")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(
                 f"restarts={self.restarts} with random_start=false would all be one; set random_start=true"
@@ -67,10 +70,22 @@ class AttackConfig(Config):
         return self.name == "fgsm" or not self.random_start
 
     def doubts(self) -> list[str]:
-        found, least = [], 1 if self.norm == "linf" else 5
+        found, eps = [], f"{self.eps_255:g}"
+        least, most = (1, 80) if self.norm == "linf" else (5, 50 * 255)
         if 0 < self.eps_255 < least:
-            eps = f"{self.eps_255:g}"
             found.append(f"eps_255={eps} is {eps}/255: for {eps} of the range [0, 1] give {255 * self.eps_255:.4g}")
+        elif self.norm == "l2" and 0 < self.eps_255 <= 16:
+            found.append(
+                f"eps_255={eps} bounds the l2 norm over all pixels by {self.eps_255 / 255:.2g}: 0.5 (127.5) is usual "
+                "for CIFAR-10, 3 (765) for ImageNet; for a bound a value set norm=linf"
+            )
+        elif self.eps_255 > most:
+            size = f"{self.eps_255 / 255:.4g}"
+            found.append(
+                f"eps_255={eps} moves each value by up to {size}: 8 (0.031) is usual; for an l2 bound set norm=l2"
+                if self.norm == "linf"
+                else f"eps_255={eps} is an l2 norm of {size}: 127.5 (0.5) is usual for CIFAR-10, 765 (3) for ImageNet"
+            )
         if self.step_255 is not None and self.steps * self.step_255 < self.eps_255 / 2:
             found.append(
                 f"step_255={self.step_255:g}: {self.steps} steps of {self.step_255:g}/255 do not reach the bound of "

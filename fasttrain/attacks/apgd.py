@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fasttrain.attacks.evaluation import Attack, PerImageLoss, loss_and_gradient, loss_only
 from fasttrain.attacks.noise import restarted
+from fasttrain.attacks.search import Cases, Found, Search, Standing, Victim
 from fasttrain.attacks.threat import Threat
 from fasttrain.errors import UsageError
-from fasttrain_kernels.apgd import apgd_step, initial_state
+from fasttrain_kernels.apgd import State, apgd_step, initial_state
+
+CaseLoss = Callable[[Tensor, Cases], Tensor]
+"(Logits [B, C], what they are of) -> the loss of each image [B], to be raised."
 
 
 def apgd(threat: Threat, steps: int, *, restarts: int = 1) -> Attack:
@@ -50,6 +56,40 @@ def apgd(threat: Threat, steps: int, *, restarts: int = 1) -> Attack:
         return best
 
     return attack
+
+
+def apgd_search(threat: Threat, steps: int, loss: CaseLoss) -> Search:
+    """:func:`apgd` on ``loss`` of the logits, done with an image as soon as an iterate of it is misclassified.
+
+    So does the published evaluation end (Croce & Hein 2020): robust is what none of the steps + 1 iterates fools, the
+    start among them. An image that fell costs nothing from then on.
+    """
+    windows = checkpoint_windows(steps)
+
+    def search(victim: Victim, cases: Cases) -> Found:
+        standing = Standing(victim, cases)
+        state = initial_state(threat.start(cases.images, cases.keys), 2 * threat.eps)
+        scores: list[Tensor] = []
+
+        def loss_of_images(x: Tensor) -> Tensor:
+            scores.append(victim.logits(x))
+            return loss(scores[0], standing.cases)
+
+        for iteration, window in enumerate(windows):
+            value, gradient = loss_and_gradient(loss_of_images, state.x)
+            standing.note(gradient)
+            if standing.strike(state.x, scores.pop().detach()):
+                return standing.found
+            value, gradient, *kept = standing.shrink(value, gradient, *state)
+            images = standing.cases.images
+            state = apgd_step(
+                State(*kept), value, gradient, images, threat.eps, threat.norm, first=not iteration, window=window
+            )
+        with torch.no_grad():
+            standing.strike(state.x, victim.logits(state.x))
+        return standing.found
+
+    return search
 
 
 def checkpoint_windows(steps: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fasttrain.attacks import Attack, attacked, image_keys
 from fasttrain.attacks.evaluation import Watched
 from fasttrain.attacks.losses import cross_entropy
+from fasttrain.attacks.search import Logits, Victim
 from fasttrain.data import Batch
 from fasttrain.errors import NotFinite
 from fasttrain.evaluation.classifier import Linear
@@ -21,9 +22,6 @@ from fasttrain.evaluation.evaluation import EvaluationData, fingerprint
 from fasttrain.evaluation.parts import Point
 from fasttrain.models import Encoded, Encoder
 from fasttrain.stop import heed
-
-Logits = Callable[[Tensor], Tensor]
-"Images [B, 3, H, W] -> logits [B, C]."
 
 
 class Outcomes(NamedTuple):
@@ -87,7 +85,7 @@ class Targets:
 
         Logits are in float32 or better outside autocast, and end early (:class:`Stopped`) if this rank is told to stop.
         """
-        number = next(i for i, (names, *_) in enumerate(self._named) if names.items() <= point.items())
+        number = self._number(point)
         model, classifier = self._model(number, self._autocast(point)), self._named[number][2]
 
         def logits(x: Tensor) -> Tensor:
@@ -96,6 +94,17 @@ class Targets:
 
         batch = self._batch(tuple(point["images"]))
         return logits, batch._replace(labels=classifier.task.relabelled(batch.labels))
+
+    def victim(self, point: Point) -> tuple[Victim, Batch]:
+        """As :meth:`at`, for a search; each call of its logits is in the precision of ``point``."""
+        autocast = self._autocast(point)
+        plain, batch = self.at(point)
+
+        def logits(x: Tensor) -> Tensor:
+            with torch.autocast(self._data.device.type, autocast, enabled=autocast is not None):
+                return plain(x)
+
+        return Victim(logits), batch
 
     def outcomes(self, point: Point, attack: Attack) -> Outcomes:
         """:func:`outcomes` at ``point``, on the CPU.
@@ -111,6 +120,9 @@ class Targets:
             if bad.any():
                 raise not_finite(int(bad.sum()), len(bad), bad is found.bad_robust, autocast)
         return found
+
+    def _number(self, point: Point) -> int:
+        return next(i for i, (names, *_) in enumerate(self._named) if names.items() <= point.items())
 
     def _autocast(self, point: Point) -> torch.dtype | None:
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(point["precision"])

@@ -23,6 +23,7 @@ from fasttrain.attacks.plb import PLBSteps
 from fasttrain.config import Where
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
+from fasttrain.evaluation.accuracy import wilson
 from fasttrain.evaluation.attacked import Logits, Targets, not_finite
 from fasttrain.evaluation.classifier import ClassifierConfig, classifier_of
 from fasttrain.evaluation.evaluation import ComparisonConfig, Evaluation, EvaluationData, Subject
@@ -283,22 +284,6 @@ def half_size(sizes: Sequence[float], shares: Sequence[float] | np.ndarray) -> f
     return math.inf
 
 
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for the share of which ``count`` of ``total`` are a sample (Wilson 1927).
-
-    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n) with p = count / n and z = 1.96, the normal's quantile.
-    """
-    z, share = 1.959963984540054, count / total
-    middle = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    # at 0 and at all of them an end is exact, and would be rounded
-    return (
-        0.0 if count == 0 else (middle - spread) / scale,
-        1.0 if count == total else (middle + spread) / scale,
-    )
-
-
 def bootstrap(
     statistic: Callable[[np.ndarray], float], count: int, resamples: int, seed: int = 0
 ) -> tuple[float, float]:
@@ -409,5 +394,4 @@ __all__ = [
     "curve_of_smallest",
     "half_size",
     "smallest_changes",
-    "wilson",
 ]

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.accuracy import percent
+from fasttrain.evaluation.autoattack import attack_text
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, SourcesConfig, Subject
 from fasttrain.evaluation.logged import (
     Lines,
@@ -122,21 +123,16 @@ def attack_of(subjects: Sequence[Subject]) -> dict[str, Any] | None:
     for subject, one in zip(subjects, found, strict=True):
         if one != found[0]:
             raise UsageError(
-                f"'{subject.source}' measured robust accuracy by {attack_text(one)} and '{subjects[0].source}' by "
-                f"{attack_text(found[0])}: give runs of one robust.attack and robust.images at a time"
+                f"'{subject.source}' measured robust accuracy by {measured_by(one)} and '{subjects[0].source}' by "
+                f"{measured_by(found[0])}: give runs of one robust.attack and robust.images at a time"
             )
     return found[0] if found else None
 
 
-def attack_text(robust: dict[str, Any]) -> str:
-    """``apgd, linf 8/255, 10 steps, 1,000 images``, of a run's settings ``robust``."""
-    attack, images = robust["attack"], robust["images"]
-    usual = {"name", "norm", "eps_255", "steps", "random_start", "batchnorm"}
-    steps = [f"{attack['steps']} steps"] if attack["name"] != "fgsm" else []
-    more = [f"{k} {v}" for k, v in attack.items() if k not in usual and v is not None and (k, v) != ("restarts", 1)]
-    more += ["from the image itself"] if attack["name"] == "pgd" and not attack["random_start"] else []
-    count = "all images" if images is None else f"{images:,} images"
-    return ", ".join([attack["name"], f"{attack['norm']} {attack['eps_255']:g}/255", *steps, *more, count])
+def measured_by(robust: dict[str, Any]) -> str:
+    """``apgd on cross-entropy, linf 8/255, 10 steps, 1,000 images``, of a run's settings ``robust``."""
+    images = robust["images"]
+    return f"{attack_text(robust['attack'])}, {'all images' if images is None else f'{images:,} images'}"
 
 
 def lines(found: FareResult) -> list[str]:
@@ -159,7 +155,7 @@ def lines(found: FareResult) -> list[str]:
                 said.append(f"{method}: {name} {spread(curve)}")
     if found.attack is not None:
         said.append(
-            f"robust: under {attack_text(found.attack)}, an image that is wrong without an attack counted wrong"
+            f"robust: under {measured_by(found.attack)}, an image that is wrong without an attack counted wrong"
         )
     return said + found.notes
 
@@ -183,7 +179,7 @@ def figure(found: FareResult) -> Figure:
                 draw(axis, curve.steps, curve, style(number), 100)
         axis.set(xlabel="step", ylabel=f"{name.removesuffix('_top1')} accuracy (%)")
     if found.attack is not None:
-        axes[1, 1].set_title(attack_text(found.attack), fontsize="small")
+        axes[1, 1].set_title(measured_by(found.attack), fontsize="small")
     for axis in axes.flat:
         from_zero(axis)
     handles = [

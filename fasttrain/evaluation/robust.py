@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from fasttrain.attacks import AttackConfig, attacked, make_attack
-from fasttrain.config import Config
+from fasttrain.config import Config, Where
 from fasttrain.data import Batch
 from fasttrain.data.augment import AugmentConfig
 from fasttrain.data.catalog import Catalog
 from fasttrain.data.loader import LoaderConfig
 from fasttrain.distributed import all_reduce
 from fasttrain.errors import UsageError
+from fasttrain.evaluation.accuracy import interval_text, wilson
 from fasttrain.evaluation.attacked import Targets, not_finite, outcomes
+from fasttrain.evaluation.autoattack import EvaluatedAttackConfig, attack_text, autoattacked
 from fasttrain.evaluation.classifier import ClassifierConfig, classifier_of
 from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject
 from fasttrain.evaluation.images import chunks, evaluation_batches, thin
 from fasttrain.evaluation.linear import ProbedConfig
 from fasttrain.evaluation.parts import Found, Parts, Point
 from fasttrain.models import Encoder
+
+UPPER_BOUND = "an upper bound: robust.attack.name=autoattack gives the figure that tables report"
 
 
 class RobustConfig(Config):
@@ -42,44 +46,80 @@ class RobustConfig(Config):
         return attack
 
 
-class RobustEvaluation(ProbedConfig):
-    """Accuracy under attack of a linear probe on an encoder's features."""
+class EvaluatedConfig(RobustConfig):
+    """How robust accuracy is measured after training."""
 
-    robust: RobustConfig = RobustConfig()
+    attack: EvaluatedAttackConfig = EvaluatedAttackConfig()
+    """On the classifier."""
+
+
+class KindConfig(Config):
+    """Whose classifier it is."""
+
+    kind: Literal["probe", "own"] = "probe"
+    "probe: fitted to the encoder's features of the training images; own: the one a supervised run was trained with"
+
+
+class RobustEvaluation(ProbedConfig):
+    """Accuracy under attack of a classifier on an encoder's features."""
+
+    classifier: KindConfig = KindConfig()
+    robust: EvaluatedConfig = EvaluatedConfig()
+
+    reads: ClassVar[dict[str, Where]] = {name: Where("fits", why="classifier.kind=own") for name in ("bank", "linear")}
+
+    @property
+    def fits(self) -> bool:
+        """Whether a classifier is fitted."""
+        return self.classifier.kind == "probe"
 
 
 class RobustAccuracy(NamedTuple):
-    """Shares of the images in [0, 1]."""
+    """Shares of the images in [0, 1]; the intervals are Wilson's, of 95 %."""
 
     clean_top1: float
     robust_top1: float
     images: int
+    clean_interval: tuple[float, float]
+    robust_interval: tuple[float, float]
     attack: dict[str, Any] | None = None
+    standing: dict[str, float] | None = None  # AutoAttack's: the share that stands after each attack, in order
+    doubts: tuple[str, ...] = ()  # what makes the figure unreliable
 
 
 def evaluate(
     subjects: Sequence[Subject], data: EvaluationData, config: RobustEvaluation, parts: Parts
 ) -> RobustAccuracy:
-    """:func:`robust_accuracy` of the one subject, with the linear probe as classifier; each batch is a part.
+    """Robust accuracy of the one subject's classifier; each batch is a part.
 
     Raises:
-        UsageError: no validation image.
+        UsageError: no validation image; as :func:`~fasttrain.evaluation.autoattack.autoattacked`.
         NotFinite: as :func:`robust_accuracy`.
     """
-    encoder = subjects[0].load(data.device)
-    probe = ClassifierConfig(bank=config.bank, linear=config.linear)
-    targets = Targets(data, [(encoder, classifier_of(subjects[0], encoder, data, probe, parts))])
+    encoder, attack = subjects[0].load(data.device), config.robust.attack.settled
+    chosen = ClassifierConfig(kind=config.classifier.kind, bank=config.bank, linear=config.linear)
+    classifier = classifier_of(subjects[0], encoder, data, chosen, parts)
+    targets = Targets(data, [(encoder, classifier)])
     indices = data.choose("val", config.robust.images)
-    settings, attack = config.robust.attack.model_dump(), make_attack(config.robust.attack)
+    if attack.name == "autoattack":
+        classes = len(classifier.task.classes)
+        stood = autoattacked(targets, indices, attack, classes, config.batch, data.autocast, parts)
+        clean, *_, robust = (len(images) for images in stood.standing.values())
+        standing = {name: len(images) / len(indices) for name, images in stood.standing.items() if name != "clean"}
+        return shares(clean, robust, len(indices))._replace(
+            attack=attack.model_dump(), standing=standing, doubts=tuple(stood.doubts)
+        )
+    settings = attack.model_dump(include=set(AttackConfig.model_fields))
     points = [targets.point(0, chunk, data.autocast, attack=settings) for chunk in chunks(indices, config.batch)]
+    moves = make_attack(attack)
 
     def work(point: Point) -> Found:
-        found = targets.outcomes(point, attack)
+        found = targets.outcomes(point, moves)
         return {"clean": int(found.clean.sum()), "robust": int(found.robust.sum())}
 
     counts = parts.run("robust accuracy", points, work)
     clean, robust = (sum(found[key] for found in counts) for key in ("clean", "robust"))
-    return _shares(clean, robust, len(indices))._replace(attack=settings)
+    return shares(clean, robust, len(indices))._replace(attack=settings)
 
 
 def robust_accuracy(
@@ -116,13 +156,26 @@ def robust_accuracy(
     for count, under_attack in zip(bad, (False, True), strict=True):
         if count:
             raise not_finite(count, total, under_attack, autocast)
-    return _shares(clean, robust, total)
+    return shares(clean, robust, total)
 
 
-def _shares(clean: int, robust: int, total: int) -> RobustAccuracy:
+def shares(clean: int, robust: int, total: int) -> RobustAccuracy:
     if not total:
         raise UsageError("robust accuracy has 0 validation images: give a data set with a validation split")
-    return RobustAccuracy(clean / total, robust / total, total)
+    return RobustAccuracy(clean / total, robust / total, total, wilson(clean, total), wilson(robust, total))
+
+
+def lines(found: RobustAccuracy) -> list[str]:
+    """Clean and robust accuracy, each with its count and interval, what of each attack, and which attack that was."""
+    told = [f"{'clean_top1':16s}{interval_text(found.clean_top1, found.images)}"]
+    told += [f"{'  ' + name:16s}{interval_text(share, found.images)}" for name, share in (found.standing or {}).items()]
+    told.append(f"{'robust_top1':16s}{interval_text(found.robust_top1, found.images)}")
+    told.append(f"{'attack':16s}{attack_text(found.attack)}")
+    if found.attack["name"] != "autoattack":
+        told.append(f"{'':16s}{UPPER_BOUND}")
+    elif found.attack["version"] != "standard":
+        told.append(f"{'':16s}an upper bound of what the standard version leaves")
+    return told + [f"{'DOUBT':16s}{doubt}" for doubt in found.doubts]
 
 
 class OnlineRobust:
@@ -154,7 +207,12 @@ class OnlineRobust:
         return {"clean_top1": found.clean_top1, "robust_top1": found.robust_top1}
 
 
-EVALUATION = Evaluation(RobustEvaluation, evaluate, "accuracy of that probe, clean and under attack")
+EVALUATION = Evaluation(
+    RobustEvaluation,
+    evaluate,
+    "accuracy of that probe, clean and under attack: by APGD on cross-entropy, an upper bound, or by AutoAttack",
+    lines,
+)
 
 
 __all__ = ["OnlineRobust", "RobustAccuracy", "RobustConfig", "robust_accuracy"]
