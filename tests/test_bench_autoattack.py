@@ -11,7 +11,8 @@ import torch
 from fasttrain.attacks import Linf
 from fasttrain.attacks.autoattack import Budget, autoattack
 from fasttrain.benchmarks import autoattack as bench
-from fasttrain.benchmarks.autoattack import AttacksBenchConfig, SearchBenchConfig, compare_searches, no_more, problem
+from fasttrain.benchmarks.autoattack import AttacksBenchConfig, SearchBenchConfig, compare_searches, no_more
+from fasttrain.benchmarks.victim import attacked_classifier
 from fasttrain.config import load
 from fasttrain.models import ModelConfig
 from tests.test_launch import script
@@ -28,7 +29,7 @@ SMALL = SearchBenchConfig(
 
 @pytest.fixture(scope="module")
 def place():
-    return problem(SMALL, "fp32")
+    return attacked_classifier(SMALL.model, SMALL.size, SMALL.images, "fp32")
 
 
 def test_the_victim_is_right_and_loses_some_of_its_images(place):
@@ -39,14 +40,13 @@ def test_the_victim_is_right_and_loses_some_of_its_images(place):
     assert right.float().mean() >= 0.75 and 0 < place.threat.eps < 8 / 255
     found = autoattack(place.plain, place.images, place.labels, place.threat, ["apgd-ce"], Budget(10))
     assert 0.2 <= found.standing["apgd-ce"].float().mean() <= 0.8
-    again = problem(SMALL, "fp32")
+    again = attacked_classifier(SMALL.model, SMALL.size, SMALL.images, "fp32")
     assert again.threat == place.threat and torch.equal(again.images, place.images)
 
 
 def test_only_mistakes_within_the_ball_count(place):
-    _, wrong = (~place.fell(place.images)).nonzero(), place._replace(labels=(place.labels + 1) % 10)
-    fooled = wrong.fell(wrong.images)
-    assert fooled.any()
+    wrong = place._replace(labels=(place.labels + 1) % 10)
+    assert wrong.fell(wrong.images).any()
     assert not wrong.fell(wrong.images + 1.1 * place.threat.eps).any()
     out = place._replace(threat=Linf(1.0), labels=wrong.labels)
     assert not out.fell(out.images - 1).any()  # of negative values
@@ -69,14 +69,17 @@ def test_an_image_that_fell_costs_nothing(place):
     assert not twice.standing["apgd-t"].any() and sum(rows) < 3 * (steps + 1) * len(images)
 
 
-def test_what_an_image_has_to_fool_may_be_another_network(place):
-    never = lambda x: torch.nn.functional.one_hot(place.labels, 10)[: len(x)].float()  # noqa: E731
-    one = place._replace(images=place.images[:1], labels=place.labels[:1])
-    found = autoattack(one.plain, one.images, one.labels, Linf(0.1), ["apgd-ce"], Budget(3), judge=never)
-    assert found.standing["apgd-ce"].all() and torch.equal(found.images, one.images)
-    assert (
-        not autoattack(one.plain, one.images, one.labels, Linf(0.1), ["apgd-ce"], Budget(3)).standing["apgd-ce"].any()
-    )
+def test_a_hasty_network_leads_the_first_attack_and_judges_nothing(place):
+    def blind(x):
+        seen.append(len(x))
+        return torch.nn.functional.one_hot((one[1] + 1) % 10, 10).float().expand(len(x), 10) + 0 * x.sum()
+
+    first = int((~place.fell(place.images)).nonzero()[0])
+    one = place.images[first : first + 1], place.labels[first : first + 1]
+    for attacks, asked in ((["apgd-ce", "apgd-t"], True), (["apgd-ce"], False), (["apgd-t"], False)):
+        seen: list[int] = []
+        found = autoattack(place.plain, *one, Linf(1e-9), attacks, Budget(3, 1), faster=blind)
+        assert bool(seen) == asked and all(stands.all() for stands in found.standing.values())
 
 
 def test_fewer_fallen_images_are_told_from_chance():

@@ -176,7 +176,7 @@ def autoattack(
     *,
     index: Tensor | None = None,
     batch: int = 256,
-    judge: Logits | None = None,
+    faster: Logits | None = None,
 ) -> AutoAttacked:
     """AutoAttack on any network, here and now; ``launch/eval.py robust`` shares it among ranks and resumes.
 
@@ -186,7 +186,8 @@ def autoattack(
         labels: [B] int64.
         index: [B], what random numbers depend on; None: the image's place.
         batch: images at a time.
-        judge: what an image has to fool, where that is another than ``logits``, which the attacks go by.
+        faster: what apgd-ce goes by where other attacks follow, which then meet what it has missed: ``logits`` in bf16,
+            say; what an image has to fool is always ``logits``.
 
     Raises:
         UsageError: as :func:`stages`; labels outside the classes, images outside [0, 1].
@@ -196,9 +197,8 @@ def autoattack(
         low, high = float(images.min()), float(images.max())
         raise UsageError(f"AutoAttack on values from {low:.4g} to {high:.4g}: give images in [0, 1]")
     keys = image_keys(0, 0, torch.arange(len(images)) if index is None else index).to(images.device)
-    victim = Victim(logits, judge)
     with torch.no_grad():
-        scores = torch.cat([victim.judged(part).float() for part in images.split(batch)])
+        scores = torch.cat([logits(part).float() for part in images.split(batch)])
     check_scores(scores, labels)
     planned = stages(threat, attacks, scores.shape[1], budget)
     found = images.clone()
@@ -206,6 +206,8 @@ def autoattack(
     standing, flat = {"clean": stands.clone()}, torch.zeros_like(stands)
     others = other_classes(scores, labels, budget.targets)
     for stage in planned:
+        hastily = faster is not None and stage.attack == "apgd-ce" and stage is not planned[-1]
+        victim = Victim(faster, logits) if hastily else Victim(logits)
         for rows in stands.nonzero()[:, 0].split(batch):
             here = stage.search(victim, stage.cases(images[rows], labels[rows], keys[rows], others[rows]))
             if here.bad.any():
@@ -214,7 +216,7 @@ def autoattack(
             flat[rows] |= here.flat & (stage.attack in BY_DLR)
         standing[stage.attack] = stands.clone()
     shares = {name: float(mask.double().mean()) for name, mask in standing.items() if name != "clean"}
-    return AutoAttacked(standing, found, doubts(victim.judged, images[:batch]) + later_doubts(shares, int(flat.sum())))
+    return AutoAttacked(standing, found, doubts(logits, images[:batch]) + later_doubts(shares, int(flat.sum())))
 
 
 def check_scores(scores: Tensor, labels: Tensor) -> None:

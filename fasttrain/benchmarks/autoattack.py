@@ -2,8 +2,7 @@
 
 ::
 
-    random network ── features of drawn images ── linear layer fitted ── ε at which a linear network would lose half
-        ── each contestant attacks the same images ── who stands, by the plain network
+    a classifier and its images ── each contestant attacks them ── who stands, by the plain network
 
 An attack that leaves more images standing has done less, however fast: no speed-up is given for it.
 """
@@ -13,28 +12,21 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from fasttrain.attacks import Linf
 from fasttrain.attacks.autoattack import VERSIONS, AttackName, Budget, autoattack
-from fasttrain.attacks.losses import margin
 from fasttrain.benchmarks.attack import AttackBenchConfig, compare_attacks
-from fasttrain.benchmarks.network import channels_last, plain, settle
 from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, Stopwatch, alternate_steps
+from fasttrain.benchmarks.victim import CLASSES, Attacked, attacked_classifier
 from fasttrain.config import Config, Where
-from fasttrain.models import Encoder, HeadConfig, ModelConfig
-from fasttrain.models.folding import fold_batchnorm
-from fasttrain.precision import Precision, autocast_dtype, decide
+from fasttrain.models import ModelConfig
+from fasttrain.precision import Precision
 
 Table = Literal["distance", "autoattack"]
-CLASSES = 10
-CONTRAST, VARIETY = 0.2, 0.05
-"Standard deviations of what images of a class share, and of what is an image's own, in the range [0, 1]."
 ATTACKS: dict[str, tuple[AttackName, ...]] = {
     "APGD-CE": ("apgd-ce",),
     "APGD-T": ("apgd-t",),
@@ -44,8 +36,6 @@ RIVALS = {
     "published code": "the published code (pip install git+https://github.com/fra31/auto-attack)",
     "torchattacks": "torchattacks",
 }
-TOUCH = 1e-5
-"By how much rounding may carry a change beyond ε."
 
 
 class SearchBenchConfig(Config):
@@ -107,106 +97,15 @@ def _below(first: Report, second: Report) -> Report:
     return first._replace(text=text, rows=rows, passed=first.passed and second.passed)
 
 
-class Classifier(nn.Module):
-    """Images [B, 3, H, W] in [0, 1] -> logits W x + b of their features."""
-
-    def __init__(self, encoder: Callable[[Tensor], Any], weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.encoder, self.weight, self.bias = encoder, nn.Parameter(weight), nn.Parameter(bias)
-        self.requires_grad_(False)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.encoder(x).features, self.weight, self.bias)
-
-
-class Problem(NamedTuple):
-    """What all contestants attack."""
-
-    plain: Classifier  # contiguous, PyTorch's own layers, float32; who stands is told by it
-    fast: Classifier  # the same, folded and channels-last
-    images: Tensor  # [B, 3, H, W], all classified right but for a few
-    labels: Tensor  # [B]
-    threat: Linf
-    autocast: torch.dtype | None  # of ours
-
-    @property
-    def device(self) -> torch.device:
-        return self.images.device
-
-    def fell(self, moved: Tensor) -> Tensor:
-        """Of images [B, 3, H, W] in the place of its own, which are in the ball and misclassified."""
-        within = ((moved - self.images).abs().flatten(1).amax(1) <= self.threat.eps + TOUCH).logical_and(
-            ((moved >= 0) & (moved <= 1)).flatten(1).all(1)
-        )
-        with torch.no_grad():
-            return within & (self.plain(moved).argmax(1) != self.labels)
-
-
-def problem(config: SearchBenchConfig, precision: Precision) -> Problem:
-    """A network and images of which some fall, without data or training.
-
-    The network's weights are random, but for its linear layer: ridge regression of the classes on the features of
-    images drawn like those that are attacked. ε is the median, over images, of margin / ‖its gradient‖₁, the distance
-    from the boundary if the network were linear.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device.type == "cuda"
-    torch.manual_seed(0)
-    model = config.model or ModelConfig(arch="resnet18", stem="cifar", width=1.0 if gpu else 0.125)
-    encoder = Encoder(model.model_copy(update={"head": HeadConfig(layers=0), "zero_init_residual": False})).to(device)
-    count = config.images or (512 if gpu else 32)
-    shared = _smooth(CLASSES, config.size)
-
-    def drawn(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(count) % CLASSES
-        images = 0.5 + CONTRAST * shared[labels] + VARIETY * _smooth(count, config.size)
-        return images.clamp(0, 1).to(device), labels.to(device)
-
-    images, labels = drawn(max(256, count))
-    settle(encoder, images)
-    reference = plain(encoder).eval()
-    with torch.no_grad():
-        weight, bias = _ridge(reference(images).features, labels)
-    images, labels = drawn(count)
-    victim = Classifier(reference, weight, bias)
-    autocast = autocast_dtype(decide(precision, device))
-    with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        fast = fold_batchnorm(channels_last(encoder.eval()))
-    return Problem(
-        victim, Classifier(fast, weight, bias), images, labels, Linf(_half(victim, images, labels)), autocast
-    )
-
-
-def _smooth(count: int, size: int) -> Tensor:
-    """``count`` random images [count, 3, H, W] of large blobs, around 0."""
-    return F.interpolate(torch.randn(count, 3, 4, 4), size=(size, size), mode="bicubic")
-
-
-def _ridge(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The linear layer whose logits are 10 for an image's own class and 0 for the others, as near as may be."""
-    x, y = features.double(), 10 * (F.one_hot(labels, CLASSES).double() - 1 / CLASSES)
-    mean = x.mean(0)
-    x = x - mean
-    gram = x.T @ x
-    weight = torch.linalg.solve(gram + gram.trace() / len(gram) * torch.eye(len(gram)).to(gram), x.T @ y).T
-    return weight.float(), -(weight @ mean).float()
-
-
-def _half(victim: Classifier, images: Tensor, labels: Tensor) -> float:
-    x = images.clone().requires_grad_()
-    lead = -margin(victim(x), labels)
-    (gradient,) = torch.autograd.grad(lead.sum(), [x])
-    return float((lead.detach() / gradient.abs().sum((1, 2, 3)))[lead > 0].median())
-
-
 def compare_searches(config: SearchBenchConfig, precision: Precision, rounds: int) -> Iterator[Report]:
     """Rate and robust accuracy of each attack, by ours and by others; yields after every round.
 
     All attack the same images of the same network, from other random numbers in each round; rivals that are not
     installed are named.
     """
-    place = problem(config, precision)
+    gpu = torch.cuda.is_available()
+    model = config.model or ModelConfig(arch="resnet18", stem="cifar", width=1.0 if gpu else 0.125)
+    place = attacked_classifier(model, config.size, config.images or (512 if gpu else 32), precision)
     contestants: dict[str, Callable[[Stopwatch], None]] = {}
     stood: dict[str, list[Tensor]] = {}  # round after round, the warm-up's first
     pairs: list[tuple[str, str]] = []
@@ -242,17 +141,17 @@ def compare_searches(config: SearchBenchConfig, precision: Precision, rounds: in
 
 def _report(
     config: SearchBenchConfig,
-    place: Problem,
+    place: Attacked,
     timings: Mapping[str, StepTiming],
     standing: Mapping[str, Tensor],
     compared: list[Comparison],
     missing: list[str],
 ) -> Report:
     count, model = len(place.images), place.plain.encoder.config
-    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[place.autocast]
+    hastily = "" if place.faster is None else ", AutoAttack's APGD-CE by ours under autocast"
     lines = [
-        f"{count} images of {config.size} pixels in {CLASSES} classes, {model.arch}, width {model.width:g}, ours in "
-        f"{precision}; {config.iterations} iterations, {config.targets} targets, {config.queries:,} queries. "
+        f"{count} images of {config.size} pixels in {CLASSES} classes, {model.arch}, width {model.width:g}"
+        f"{hastily}; {config.iterations} iterations, {config.targets} targets, {config.queries:,} queries. "
         "The network's weights are random but for its linear layer, which is fitted to such images: what attacks cost "
         f"and whether they agree can be seen, no network's robustness. L∞, ε = {255 * place.threat.eps:.3g}/255, at "
         "which a linear network would lose half of the images. An image fell if the plain network in fp32 mistakes "
@@ -287,26 +186,19 @@ def no_more(ours: str, reference: str, standing: Mapping[str, Tensor]) -> Compar
     return Comparison(ours, reference, alone - fewer <= allowed, evidence)
 
 
-def _ours(place: Problem, attacks: tuple[AttackName, ...], budget: Budget) -> Callable[[int], Tensor]:
+def _ours(place: Attacked, attacks: tuple[AttackName, ...], budget: Budget) -> Callable[[int], Tensor]:
     count = len(place.images)
     images = place.images.contiguous(memory_format=torch.channels_last)
 
-    def logits(x: Tensor) -> Tensor:
-        with torch.autocast(place.device.type, place.autocast, enabled=place.autocast is not None):
-            return place.fast(x)
-
-    judge = place.plain if place.autocast is not None else None
-
     def run(number: int) -> Tensor:
         index = number * count + torch.arange(count, device=place.device)
-        return autoattack(
-            logits, images, place.labels, place.threat, attacks, budget, index=index, batch=count, judge=judge
-        ).images
+        given = place.labels, place.threat, attacks, budget
+        return autoattack(place.fast, images, *given, index=index, batch=count, faster=place.faster).images
 
     return run
 
 
-def _published(place: Problem, attacks: tuple[AttackName, ...], budget: Budget) -> Callable[[int], Tensor] | None:
+def _published(place: Attacked, attacks: tuple[AttackName, ...], budget: Budget) -> Callable[[int], Tensor] | None:
     """The authors' code; ``None`` where it is not installed."""
     try:
         from autoattack import AutoAttack
@@ -328,7 +220,7 @@ def _published(place: Problem, attacks: tuple[AttackName, ...], budget: Budget) 
     return run
 
 
-def _torchattacks(place: Problem, attacks: tuple[AttackName, ...], budget: Budget) -> Callable[[int], Tensor] | None:
+def _torchattacks(place: Attacked, attacks: tuple[AttackName, ...], budget: Budget) -> Callable[[int], Tensor] | None:
     """torchattacks' AutoAttack; ``None`` where it is not installed."""
     try:
         from torchattacks import APGD, APGDT, FAB, MultiAttack, Square
@@ -363,4 +255,4 @@ def _refusable(run: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
     return attempt
 
 
-__all__ = ["AttacksBenchConfig", "SearchBenchConfig", "compare_all", "compare_searches", "no_more", "problem"]
+__all__ = ["AttacksBenchConfig", "SearchBenchConfig", "compare_all", "compare_searches", "no_more"]
