@@ -39,8 +39,8 @@ class Moves(NamedTuple):
 
     row: Tensor  # [B, Q] int64: where the square begins
     column: Tensor  # [B, Q] int64
-    rows: Tensor  # [B, Q, 2, H] bool: those of the square, and of the window that L2 empties
-    columns: Tensor  # [B, Q, 2, W] bool
+    rows: Tensor  # [B, Q, 2, H]: 1 in those of the square, and in those of the window that L2 empties, else 0
+    columns: Tensor  # [B, Q, 2, W]
     sign: Tensor  # [B, Q, C]: of each channel's change
     turned: Tensor  # [B, Q] int64: 1 where a bump is transposed
 
@@ -64,23 +64,24 @@ def square(threat: Threat, queries: int) -> Search:
 
     @torch.no_grad()
     def search(victim: Victim, cases: Cases) -> Found:
-        standing = Standing(victim, cases)
-        best = start(cases.images, cases.keys, threat.eps)
-        scores = victim.logits(best)
+        standing, like = Standing(victim, cases), cases.images
+        images = like.contiguous()  # channels last, a mask of pixels would be spread along the innermost three numbers
+        best = start(images, cases.keys, threat.eps)
+        scores = victim.logits(_laid_out(best, like))
         if standing.strike(best, scores):
             return standing.found
         highest = margin(scores, cases.labels)
         for first, count in blocks(queries):
-            side = side_of(first, cases.images, least)
+            side = side_of(first, images, least)
             moves = _moves(standing.cases, first, count, side)
             for query in range(count):
-                x = propose(best, standing.cases.images, moves.at(query), side, threat.eps)
-                scores = victim.logits(x)
+                x = propose(best, images, moves.at(query), side, threat.eps)
+                scores = victim.logits(_laid_out(x, like))
                 if standing.strike(x, scores):
                     return standing.found
                 risen = margin(scores, standing.cases.labels)
-                best = torch.where(_spread(risen > highest), x, best)
-                best, highest, *kept = standing.shrink(best, torch.maximum(risen, highest), *moves)
+                best = torch.lerp(best, x, (risen > highest).to(x.dtype)[:, None, None, None])
+                images, best, highest, *kept = standing.shrink(images, best, torch.maximum(risen, highest), *moves)
                 moves = Moves(*kept)
         return standing.found
 
@@ -109,7 +110,7 @@ def _moves(cases: Cases, first: int, count: int, side: int) -> Moves:
     coins = drawn[..., 4]
     row, column = below(drawn[..., 0:2], height - side + 1), below(drawn[..., 2:4], width - side + 1)
     rows, columns = (
-        (place >= begin[..., None]) & (place < begin[..., None] + side)
+        ((place >= begin[..., None]) & (place < begin[..., None] + side)).to(cases.images.dtype)
         for begin, place in ((row, _numbered(height, row)), (column, _numbered(width, row)))
     )
     sign = signs(coins, channels).to(cases.images.dtype)
@@ -123,7 +124,7 @@ def _stripes(images: Tensor, keys: Tensor, eps: float) -> Tensor:
 
 
 def _recoloured(best: Tensor, images: Tensor, moves: Moves, side: int, eps: float) -> Tensor:
-    return torch.where(_windows(moves)[:, :1], (images + eps * moves.sign[:, :, None, None]).clamp(0, 1), best)
+    return torch.lerp(best, (images + eps * moves.sign[:, :, None, None]).clamp(0, 1), _windows(moves)[:, :1])
 
 
 def _tiles(images: Tensor, keys: Tensor, eps: float) -> Tensor:
@@ -147,13 +148,13 @@ def _moved(best: Tensor, images: Tensor, moves: Moves, side: int, eps: float) ->
     """
     change = best - images
     here, there = _windows(moves).split(1, 1)
-    squares = change.square()
-    within, freed = _channels(squares * here), _channels(squares * (here | there))
+    either, squares = torch.maximum(here, there), change.square()
+    within, freed = _channels(squares * here), _channels(squares * either)
     left = (eps**2 - squares.sum((1, 2, 3), keepdim=True)).clamp_min(0) / images.shape[1]
     new = _placed(images, moves, side) * moves.sign[:, :, None, None]
     new = new + change * here / (within.sqrt() + 1e-12)
     new = new * ((left + freed).sqrt() / (_channels(new.square()).sqrt() + 1e-12))
-    return _at_the_edge(images, torch.where(here, new, change * ~there), eps)
+    return _at_the_edge(images, torch.addcmul(new, change, 1 - either), eps)
 
 
 def _placed(images: Tensor, moves: Moves, side: int) -> Tensor:
@@ -189,8 +190,8 @@ def _pyramid(rows: int, columns: int) -> Tensor:
 
 
 def _windows(moves: Moves) -> Tensor:
-    """[B, 2, H, W] bool: the square, and the window that L2 empties."""
-    return moves.rows[..., None] & moves.columns[..., None, :]
+    """[B, 2, H, W]: 1 in the square, and in the window that L2 empties, else 0; lerp with that selects exactly."""
+    return moves.rows[..., None] * moves.columns[..., None, :]
 
 
 def _numbered(n: int, like: Tensor) -> Tensor:
@@ -206,8 +207,10 @@ def _channels(x: Tensor) -> Tensor:
     return x.sum((2, 3), keepdim=True)
 
 
-def _spread(x: Tensor) -> Tensor:
-    return x[:, None, None, None]
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory format of ``like``."""
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last) if last else x
 
 
 __all__ = ["blocks", "bumps", "side_of", "square"]
