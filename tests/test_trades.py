@@ -16,6 +16,7 @@ from fasttrain.attacks import Linf, attacked, image_keys
 from fasttrain.config import resolve
 from fasttrain.data import Batch
 from fasttrain.errors import UsageError
+from fasttrain.evaluation.views import Trained, changed
 from fasttrain.models import Encoded, Encoder, ModelConfig
 from fasttrain.objectives import TermConfig, build_objective, build_one_sided, check_term, encode, trades
 from fasttrain.optim import OptimizerConfig, build_optimizer
@@ -104,6 +105,13 @@ def test_the_attacked_images_come_beside_the_clean_ones():
         assert (loss(network(seen.images[1])) > 1e-4).all()
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert not gradients(encoder)
+
+
+def test_what_the_evaluation_of_views_shows_is_the_attacked_image():
+    run = Trained(step_of(term(), make_encoder()), {"term": term()}, step=0, views=1)
+    found = changed(run, "term", make_batch(views=1))
+    moved = found["after"].int() - found["before"].int()
+    assert 4 < moved.abs().max() <= 9
 
 
 @pytest.mark.parametrize("beta", [None, 2.0])

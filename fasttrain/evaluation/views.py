@@ -41,7 +41,7 @@ from fasttrain.evaluation.parts import Parts
 from fasttrain.evaluation.spread import aligned
 from fasttrain.figures import DASHES, MARKERS, Style, panels, style
 from fasttrain.models import Encoder, ModelConfig
-from fasttrain.objectives import build_objective
+from fasttrain.objectives import build_objective, sees_both
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import ViewedTermConfig, build_view
 
@@ -229,11 +229,12 @@ def changed(run: Trained, name: str, images: Batch, autocast: torch.dtype | None
         NotFinite: a changed image is not.
     """
     view, settings = run.module.views[name], run.terms[name].view
+    place = -1 if sees_both(run.terms[name]) else settings.index
     run.module.train(settings.kind == "attack" and settings.attack.batchnorm == "train")
     device = images.images.device.type
     seen = images._replace(images=images.images.expand(run.views, -1, -1, -1, -1))
     with distributed.alone(), torch.autocast(device, autocast, enabled=autocast is not None):
-        after = view(run.module.encoder, seen).images[settings.index].detach()
+        after = view(run.module.encoder, seen).images[place].detach()
     if not after.isfinite().all():
         raise NotFinite(f"what the view of term {name} makes of an image is not finite: its encoder has diverged")
     sizes = {key: float(size) for key, size in view.scalars().items()} if settings.kind == "structured" else {}

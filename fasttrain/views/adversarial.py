@@ -22,15 +22,15 @@ def adversarial(
 
         view(x, x⁺) = (z, x⁺),      z ≈ argmax ℓ(φ(x')) over x' in B(x) ∩ [0, 1]
 
-    With ``beside`` z comes after all views, x among them, and what ``against`` gets is φ of all of them::
+    With ``beside`` z comes after all of the views, x among them, and ℓ is made of φ of all of them::
 
-        view(x) = (x, z),           z ≈ argmax ℓ(φ(x')),    ℓ made of φ(x)
+        view(x) = (x, z)
 
-    φ(x⁺) is computed, and gathered over the ranks, once a batch; of a batch of one view there is none, and ``against``
-    gets ``None`` for it. What comes back is a constant: an objective on it trains the encoder on the images as they are
-    (Lubana & Aldeeb, section 3.2; Madry et al. 2018). Running statistics are left alone, weights get no gradient, and
-    every rank takes the same steps. Under autocast the attack is autocast too. Where a loss or gradient that the attack
-    meets is not finite, the view is NaN, so that the step is treated as one whose own loss is not finite.
+    φ(x⁺) is computed, and gathered over the ranks, once a batch; where there is no x⁺ ``against`` gets ``None``. What
+    comes back is a constant: an objective on it trains the encoder on the images as they are (Lubana & Aldeeb, section
+    3.2; Madry et al. 2018). Running statistics are left alone, weights get no gradient, and every rank takes the same
+    steps. Under autocast the attack is autocast too. Where a loss or gradient that the attack meets is not finite, the
+    view is NaN, so that the step is treated as one whose own loss is not finite.
 
     Random starts are a function of (``seed``, optimiser step, position of the image in the data set), the step counted
     from the calls in a buffer: a resumed run continues it, and any number of ranks or micro-batches draws the same.

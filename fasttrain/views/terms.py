@@ -20,8 +20,8 @@ class ViewConfig(Config):
     """What of a batch a term gets to see."""
 
     kind: Literal["clean", "attack", "structured"] = "clean"
-    """clean (as augmented), attack (one view attacked, the others fixed) or structured (one changed by an adversary
-    that is trained along)."""
+    """clean (as augmented), attack (one view attacked, the others fixed; of trades the one view, and that beside it) or
+    structured (one changed by an adversary that is trained along)."""
     index: int = pydantic.Field(default=0, ge=0, le=1)
     """attack, structured: which of the two views, 0 or 1."""
     attack: AttackConfig = AttackConfig()
