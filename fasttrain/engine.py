@@ -202,7 +202,7 @@ def plan(train: TrainConfig, optimizer: OptimizerConfig, order: Order) -> Plan:
     """The plan that follows from the settings and the number of images.
 
     Raises:
-        UsageError: the warm-up is not shorter than the run.
+        UsageError: the warm-up is not shorter than the run, or a milestone of the learning rate is not within it.
     """
     steps_per_epoch = len(order) // train.accumulation
     steps = train.steps or train.epochs * steps_per_epoch
@@ -211,7 +211,8 @@ def plan(train: TrainConfig, optimizer: OptimizerConfig, order: Order) -> Plan:
         optimizer.warmup(steps_per_epoch),
         optimizer.cycle(steps_per_epoch),
     )
-    learning_rate = schedule(peak, warmup, steps, optimizer.schedule, cycle, optimizer.cycle_growth)
+    falls = optimizer.falls(steps_per_epoch, steps)
+    learning_rate = schedule(peak, warmup, steps, optimizer.schedule, cycle, optimizer.cycle_growth, falls)
     return Plan(steps, steps_per_epoch, learning_rate)
 
 

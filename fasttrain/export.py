@@ -28,6 +28,8 @@ WHAT_IT_IS = ("arch", "stem", "width", "mean", "std")
 "Settings of a model that its weights go with, and no others."
 HOW_IT_RUNS = ("sync_bn", "checkpoint_activations")
 "Settings that any weights run with."
+HOW_IT_BEGAN = ("weights", "frozen")
+"Settings of a run's model that say what it started from, and what of that it trained."
 
 
 class ExportConfig(Config):
@@ -278,8 +280,8 @@ def _read_card(path: Path) -> tuple[ModelConfig | None, list[str]]:
 
 
 def _model_of(saved: dict[str, Any]) -> ModelConfig:
-    """The model of a saved configuration, without what it was to start from."""
-    return resolve(ModelConfig, {name: value for name, value in saved.items() if name != "weights"})
+    """The model of a saved configuration, without how it began."""
+    return resolve(ModelConfig, {name: value for name, value in saved.items() if name not in HOW_IT_BEGAN})
 
 
 def _short(value: Any) -> str:

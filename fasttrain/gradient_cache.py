@@ -45,12 +45,10 @@ from fasttrain.data import Batch
 from fasttrain.errors import UsageError
 from fasttrain.models import Encoded, frozen_statistics
 from fasttrain.objectives import Objective, Traits, encode, traits
-from fasttrain.objectives.objective import Summand, with_traits
+from fasttrain.objectives.objective import ROWS, Summand, with_traits
 from fasttrain.step import Term, TrainStep
 from fasttrain.views import clean
 
-EMBEDDINGS = ("features", "projections", "logits", "predictions")
-"What objectives find in the encoding of a whole batch, and in its layers; images and stage maps are not kept."
 SURROGATE = "⟨g, z⟩"
 "Name of the term that stands for the cached ones in pass 3."
 
@@ -268,13 +266,13 @@ def _one_loss_an_image(term: Term) -> Term:
 
 
 def _embeddings(encoded: Encoded) -> list[Tensor]:
-    own = [z for name in EMBEDDINGS if (z := getattr(encoded, name)) is not None]
+    own = [z for name in ROWS if (z := getattr(encoded, name)) is not None]
     return own + [z for layer in encoded.layers for z in _embeddings(layer)]
 
 
 def _with_embeddings(like: Encoded, values: Iterator[Tensor]) -> Encoded:
     """An encoding of ``values`` and nothing else, with the members that ``like`` has."""
-    own = {name: next(values) if getattr(like, name) is not None else None for name in EMBEDDINGS}
+    own = {name: next(values) if getattr(like, name) is not None else None for name in ROWS}
     layers = tuple(_with_embeddings(layer, values) for layer in like.layers)
     return Encoded(images=None, stages=(), **own, layers=layers)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -37,13 +37,15 @@ class OptimizerConfig(Config):
     "of adamw"
     trust_coefficient: float = Field(0.001, gt=0)
     "eta of lars"
-    schedule: Literal["cosine", "constant", "restarts"] = "cosine"
-    """after the warm-up: one cosine to zero at the last step, the peak for ever, or cosines to zero one after another
-    (SGDR); a run with one of the last two can be made longer"""
+    schedule: Literal["cosine", "constant", "restarts", "steps"] = "cosine"
+    """after the warm-up: one cosine to zero at the last step, the peak for ever, cosines to zero one after another
+    (SGDR), or the peak, divided by 10 at each milestone; a run with one of the last three can be made longer"""
     cycle_epochs: float = Field(10, gt=0)
     "restarts: epochs of the first cosine"
     cycle_growth: int = Field(1, ge=1)
     "restarts: how many times as long as the one before each further cosine is"
+    milestones: tuple[float, ...] = ()
+    "steps: epochs after which the learning rate is a tenth of what it was, [10, 20] say"
     warmup_epochs: float = Field(10, ge=0)
     "epochs of linear warm-up"
     warmup_steps: int = Field(0, ge=0)
@@ -57,6 +59,7 @@ class OptimizerConfig(Config):
         "trust_coefficient": Where("name", ("lars",)),
         "cycle_epochs": Where("schedule", ("restarts",)),
         "cycle_growth": Where("schedule", ("restarts",)),
+        "milestones": Where("schedule", ("steps",)),
     }
 
     @model_validator(mode="after")
@@ -67,6 +70,14 @@ class OptimizerConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _milestones_in_order(self) -> OptimizerConfig:
+        if self.schedule == "steps" and not self.milestones:
+            raise ValueError("schedule=steps without milestones: give epochs, milestones=[10, 20] say, or use constant")
+        if list(self.milestones) != sorted({epoch for epoch in self.milestones if epoch > 0}):
+            raise ValueError(f"milestones=[{_listed(self.milestones)}]: give epochs above 0, each later than the last")
+        return self
+
     def warmup(self, steps_per_epoch: int) -> int:
         """Steps of warm-up."""
         return self.warmup_steps or round(self.warmup_epochs * steps_per_epoch)
@@ -74,6 +85,22 @@ class OptimizerConfig(Config):
     def cycle(self, steps_per_epoch: int) -> int:
         """Steps of the first cosine of ``schedule=restarts``."""
         return round(self.cycle_epochs * steps_per_epoch)
+
+    def falls(self, steps_per_epoch: int, total: int) -> list[int]:
+        """Steps from which on the learning rate is a tenth of what it was, of ``schedule=steps``.
+
+        Raises:
+            UsageError: one of them is not within the run.
+        """
+        if self.schedule != "steps":
+            return []
+        late = [epoch for epoch in self.milestones if round(epoch * steps_per_epoch) >= total]
+        if late:
+            raise UsageError(
+                f"optimizer.milestones=[{_listed(self.milestones)}]: {_listed(late)} is not before the run's "
+                f"end, after {total / steps_per_epoch:.4g} epochs: leave it out, or train longer"
+            )
+        return [round(epoch * steps_per_epoch) for epoch in self.milestones]
 
     @property
     def depends_on_total(self) -> bool:
@@ -85,8 +112,18 @@ class OptimizerConfig(Config):
         return self.lr * {"linear": batch / 256, "sqrt": math.sqrt(batch / 256), "none": 1.0}[self.lr_scaling]
 
 
+def _listed(epochs: Iterable[float]) -> str:
+    return ", ".join(f"{epoch:g}" for epoch in epochs)
+
+
 def schedule(
-    peak: float, warmup: int, total: int, kind: str = "cosine", cycle: int = 0, growth: int = 1
+    peak: float,
+    warmup: int,
+    total: int,
+    kind: str = "cosine",
+    cycle: int = 0,
+    growth: int = 1,
+    falls: Sequence[int] = (),
 ) -> Callable[[int], float]:
     """Learning rate of step t = 0, 1, ...: ``peak (t+1)/W`` for t < W; after that, with u = t - W, by ``kind``
 
@@ -95,6 +132,7 @@ def schedule(
     restarts    ``peak/2 (1 + cos(pi v/C))``, v steps into a cycle of C: the first has ``cycle`` steps, each further one
                 ``growth`` times as many as the one before (SGDR, Loshchilov & Hutter 2017, with T_0, T_mult, and a
                 least rate of 0)
+    steps       ``peak/10^n``, n of the steps in ``falls`` at t or before
 
     Raises:
         UsageError: the warm-up is not shorter than the run, or a cycle is shorter than a step.
@@ -112,6 +150,8 @@ def schedule(
             return peak * (step + 1) / warmup
         if kind == "constant":
             return peak
+        if kind == "steps":
+            return peak / 10 ** sum(fall <= step for fall in falls)
         done, length = step - warmup, total - warmup
         if kind == "restarts":
             done, length = _within_cycle(done, cycle, growth)

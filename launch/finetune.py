@@ -113,8 +113,7 @@ class FinetuneConfig(Config):
                 "attack.batchnorm=train needs an encoder that trains so: set attack.batchnorm=eval or "
                 "fare.batchnorm=train"
             )
-        starts_there = self.attack.name == "fgsm" or not self.attack.random_start
-        if starts_there and self.fare.against == "distance":
+        if self.attack.starts_at_image and self.fare.against == "distance":
             raise ValueError(
                 f"attack.name={self.attack.name} would start at the image, where encoder and reference agree and the "
                 "distance has no gradient: use attack.name=apgd, or pgd with attack.random_start=true"

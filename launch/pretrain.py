@@ -3,6 +3,7 @@
   deepspeed launch/pretrain.py                                the embedded data set, a small ResNet: minutes on 2 cores
   deepspeed launch/pretrain.py configs/pretrain/simclr_imagenet.yaml data.root=/data/imagenet optimizer.lr=0.3
   deepspeed launch/pretrain.py model.weights=runs/pretrain run.dir=runs/longer        from a run's weights, or anyone's
+  deepspeed launch/pretrain.py configs/protocols/alf_cifar10.yaml model.weights=…      a head on a frozen encoder
   torchrun --nproc-per-node 8 launch/pretrain.py ...          the same under torchrun
   python launch/pretrain.py ...                               one process
 
@@ -26,6 +27,7 @@ from fasttrain.accuracies import percent
 from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN, open_measured
 from fasttrain.export import ExportConfig
 from fasttrain.models import Encoder, HeadConfig, ModelConfig
+from fasttrain.models.reference import freeze_backbone
 from fasttrain.objectives import build_objective, check_term
 from fasttrain.optim import OptimizerConfig
 from fasttrain.precision import autocast_dtype
@@ -35,7 +37,7 @@ from fasttrain.step import Term, TrainStep
 from fasttrain.views import ViewedTermConfig, build_view
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 
 class StartConfig(ModelConfig):
@@ -45,7 +47,18 @@ class StartConfig(ModelConfig):
     """start from the backbone of these weights, with new heads: a run's folder or anyone's weights of a ResNet, whose
     arch, stem, width, mean and std hold where they are not given; null: from random weights"""
 
+    frozen: bool = False
+    """train the heads alone: the backbone stays as its weights are, to the bit, its BatchNorm in evaluation mode"""
+
     reads: ClassVar[dict[str, Where]] = {"zero_init_residual": Where("weights", (None,))}
+
+    @model_validator(mode="after")
+    def _frozen_from_weights(self) -> StartConfig:
+        if self.frozen and self.weights is None:
+            raise ValueError(
+                "frozen=true without weights would keep a random backbone: set model.weights to a run or a file"
+            )
+        return self
 
 
 class PretrainConfig(Config):
@@ -63,6 +76,22 @@ class PretrainConfig(Config):
     train: engine.TrainConfig = engine.TrainConfig(epochs=24, batch=128)
     evaluate: EvaluateConfig = EvaluateConfig(every_epochs=4)
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _frozen_is_attacked_as_it_is(self) -> PretrainConfig:
+        for name, term in self.terms.items():
+            if self.model.frozen and term.view.kind == "attack" and term.view.attack.batchnorm == "train":
+                raise ValueError(
+                    f"terms.{name}.view.attack.batchnorm=train: with model.frozen=true the backbone's does not train: "
+                    "set it to eval"
+                )
+        return self
+
+    def doubts(self) -> list[str]:
+        every = self.evaluate.every_epochs
+        if not self.model.frozen or not every:
+            return []
+        return [f"evaluate.every_epochs={every:g}: the kNN accuracy of model.frozen=true stays as it is; 0 spares it"]
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -113,6 +142,8 @@ def build(config: PretrainConfig, device: torch.device) -> Parts:
     for term in config.terms.values():
         check_term(term, config.model, config.augment.views, len(catalogs[0].classes), compared)
     encoder = Encoder(config.model).to(device)
+    if config.model.frozen:
+        freeze_backbone(encoder)
     terms = [
         Term(
             name,

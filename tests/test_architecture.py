@@ -116,8 +116,10 @@ def test_every_configuration_resolves():
     from tests.test_launch import script
 
     schema = script("pretrain").PretrainConfig
-    for path in sorted((ROOT / "configs/pretrain").glob("*.yaml")):
-        config = load(schema, [str(path)])
+    protocols = sorted((ROOT / "configs/protocols").glob("*.yaml"))
+    assert len(protocols) == 3
+    for path in [*sorted((ROOT / "configs/pretrain").glob("*.yaml")), *protocols]:
+        config = load(schema, [str(path), *(["model.weights=x"] if path in protocols else [])])
         given = yaml.safe_load(path.read_text())
         assert list(config.terms) == list(given["terms"]), path  # none of the defaults' terms is left
         for term in config.terms.values():

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fasttrain import distributed
 from fasttrain.accuracies import attack_text, interval_text
-from fasttrain.attacks.autoattack import STANDARD
+from fasttrain.attacks.autoattack import STANDARD, Budget
 from fasttrain.config import load, resolve
 from fasttrain.errors import UsageError
 from fasttrain.evaluation import autoattack
@@ -26,26 +29,51 @@ from tests.ranks import run_ranks
 from tests.test_launch import script
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["version=custom", "steps=4", "targets=2", "queries=6", "eps_255=0.5"]
+SMALL = ["version=custom", "steps=4", "targets=2", "queries=6", "eps_255=6"]
+
+
+class Network(NamedTuple):
+    encoder: Path
+    images: Path
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
+    """Four classes, each of a colour with noise of its strength."""
+    root, draw = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 12)):
+        for name in range(4):
+            (root / split / f"c{name}").mkdir(parents=True)
+            for number in range(count):
+                colour = 100 + 30 * draw.standard_normal(3) + 60 * np.array([name & 1, name >> 1, name == 3])
+                pixels = (colour + 20 * draw.standard_normal((8, 8, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / f"c{name}" / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory, images) -> Network:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encoder")
     export(Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.0625, head=HeadConfig(layers=0))), folder)
-    return folder
+    return Network(folder, images)
 
 
-def arguments(encoder: Path, output: Path, *attack: str) -> list[str]:
-    given = ["task=robust", f"source={encoder}", f"output={output}", "device=cpu", "batch=20"]
-    given += ["augment.size=16", "loader.threads=1", "bank=1000", "linear.l2=[0.1]", "robust.images=60"]
+def arguments(network: Network, output: Path, *attack: str) -> list[str]:
+    given = [
+        "task=robust",
+        f"source={network.encoder}",
+        f"data.root={network.images}",
+        f"output={output}",
+        "device=cpu",
+    ]
+    given += ["augment.size=8", "augment.eval_crop=1", "loader.threads=1", "linear.l2=[1e-4]", "batch=16"]
     return [*given, "robust.attack.name=autoattack", *(f"robust.attack.{one}" for one in attack)]
 
 
-def evaluated(encoder: Path, output: Path, *attack: str) -> dict:
+def evaluated(network: Network, output: Path, *attack: str) -> dict:
     module = script("eval")
-    module.evaluate(load(RobustEvaluation, arguments(encoder, output, *attack), module.of_run))
+    module.evaluate(load(RobustEvaluation, arguments(network, output, *attack), module.of_run))
     return json.loads(output.read_text()) if distributed.rank() == 0 else {}
 
 
@@ -54,16 +82,16 @@ def kept(folder: Path) -> list[dict]:
     return [json.loads(line)["point"] for path in sorted(folder.glob("*.json")) for line in kept_of(path)]
 
 
-def test_the_command_tells_attack_by_attack_with_counts_and_intervals(encoder, tmp_path, capsys):
-    table = evaluated(encoder, tmp_path / "a.json", *SMALL)
+def test_the_command_tells_attack_by_attack_with_counts_and_intervals(network, tmp_path, capsys):
+    table = evaluated(network, tmp_path / "a.json", *SMALL)
     said = capsys.readouterr().out
     assert list(table["standing"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     shares = [table["clean_top1"], *table["standing"].values()]
     assert shares == sorted(shares, reverse=True) and table["robust_top1"] == shares[-1] < table["clean_top1"]
     low, high = table["robust_interval"]
-    assert 0 <= low < table["robust_top1"] < high <= 1 and table["images"] == 60
-    assert f"apgd-ce       {interval_text(shares[1], 60)}" in said and " of 60, 95 % interval " in said
-    assert "AutoAttack, custom (all four; 4 steps, 2 targets, 6 queries), linf 0.5/255" in said
+    assert 0 <= low < table["robust_top1"] < high <= 1 and table["images"] == 48
+    assert f"apgd-ce       {interval_text(shares[1], 48)}" in said and " of 48, 95 % interval " in said
+    assert "AutoAttack, custom (all four; 4 steps, 2 targets, 6 queries), linf 6/255" in said
     assert "an upper bound of what the standard version leaves" in said
     found = kept(tmp_path)
     assert {(point["attack"], point["towards"]) for point in found if "towards" in point} >= {
@@ -71,26 +99,41 @@ def test_the_command_tells_attack_by_attack_with_counts_and_intervals(encoder, t
         ("fab-t", 0),
     }
     met = [index for point in found if point.get("attack") == "square" for index in point["images"]]
-    assert len(met) == round(60 * table["standing"]["fab-t"])  # those that stood, in full batches
+    assert len(met) == round(48 * table["standing"]["fab-t"])  # those that stood, in full batches
 
 
-def test_what_versions_have_alike_is_done_once_and_nothing_twice(encoder, tmp_path, monkeypatch):
-    first = evaluated(encoder, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce]")
+def test_the_claim_for_robustbench_lies_beside_the_result(network, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(autoattack, "STANDARD", Budget(2, 1, 2))
+    monkeypatch.setattr(autoattack.EvaluatedAttackConfig, "budget", Budget(2, 1, 2))
+    output = tmp_path / "a.json"
+    module, given = script("eval"), [*arguments(network, output, "eps_255=6"), "format=robustbench"]
+    module.evaluate(load(RobustEvaluation, given, module.of_run))
+    table, folder = json.loads(output.read_text()), output.with_suffix(".robustbench")
+    claim = json.loads((folder / "claim.json").read_text())
+    assert claim["autoattack_acc"] == f"{100 * table['robust_top1']:.2f}" and claim["eps"] == "6/255"
+    assert {path.name for path in folder.iterdir()} == {"claim.json", "model.py", "model.pt"}
+    assert f"written to {folder / 'model.py'}" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="claims what the standard AutoAttack leaves.* set robust.attack.name"):
+        module.evaluate(load(RobustEvaluation, [*given, "robust.attack.version=first_two"], module.of_run))
+
+
+def test_what_versions_have_alike_is_done_once_and_nothing_twice(network, tmp_path, monkeypatch):
+    first = evaluated(network, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce]")
     before = len(kept(tmp_path))
-    both = evaluated(encoder, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce,square]")
+    both = evaluated(network, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce,square]")
     fresh = kept(tmp_path)[before:]
     assert {point["attack"] for point in fresh} == {"square"}
     assert both["standing"]["apgd-ce"] == first["robust_top1"]
     monkeypatch.setattr(autoattack.Targets, "victim", lambda *_: pytest.fail("done again"))
-    assert evaluated(encoder, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce,square]")["standing"] == both["standing"]
+    assert evaluated(network, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce,square]")["standing"] == both["standing"]
 
 
-def test_the_first_attack_goes_by_bf16_where_there_is_it_and_all_are_judged_in_full(encoder, tmp_path, monkeypatch):
-    full = evaluated(encoder, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce,apgd-t]")
+def test_the_first_attack_goes_by_bf16_where_there_is_it_and_all_are_judged_in_full(network, tmp_path, monkeypatch):
+    full = evaluated(network, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce,apgd-t]")
     module = script("eval")
     monkeypatch.setattr(module, "decide", lambda *_: "bf16")
     monkeypatch.setitem(globals(), "script", lambda _: module)
-    half = evaluated(encoder, tmp_path / "b.json", *SMALL, "attacks=[apgd-ce,apgd-t]")
+    half = evaluated(network, tmp_path / "b.json", *SMALL, "attacks=[apgd-ce,apgd-t]")
     points = [json.loads(line)["point"] for line in kept_of(tmp_path / "b.json")]
     searches = {point["attack"]: point.get("search") for point in points if "towards" in point}
     assert searches == {"apgd-ce": "bfloat16", "apgd-t": None}
@@ -98,15 +141,15 @@ def test_the_first_attack_goes_by_bf16_where_there_is_it_and_all_are_judged_in_f
     assert abs(half["robust_top1"] - full["robust_top1"]) < 0.1
 
 
-def _on_rank(encoder: Path, output: Path) -> int:
-    evaluated(encoder, output, *SMALL)
+def _on_rank(network: Network, output: Path) -> int:
+    evaluated(network, output, *SMALL)
     return 0
 
 
-def test_one_rank_and_two_find_the_same(encoder, tmp_path):
+def test_one_rank_and_two_find_the_same(network, tmp_path):
     places = [tmp_path / str(ranks) / "x.json" for ranks in (1, 2)]
-    _on_rank(encoder, places[0])
-    run_ranks(2, _on_rank, encoder, places[1])
+    _on_rank(network, places[0])
+    run_ranks(2, _on_rank, network, places[1])
     one, two = (json.loads(place.read_text()) for place in places)
     changing = ("seconds", "date", "ranks", "settings", "machine")
     assert (one["ranks"], two["ranks"]) == (1, 2)
@@ -115,10 +158,10 @@ def test_one_rank_and_two_find_the_same(encoder, tmp_path):
     assert points[0] == points[1]
 
 
-def test_kill_9_in_the_middle_loses_the_batches_under_way_alone(encoder, tmp_path):
-    whole = evaluated(encoder, tmp_path / "whole.json", *SMALL)
+def test_kill_9_in_the_middle_loses_the_batches_under_way_alone(network, tmp_path):
+    whole = evaluated(network, tmp_path / "whole.json", *SMALL)
     output = tmp_path / "killed.json"
-    command = [sys.executable, "launch/eval.py", *arguments(encoder, output, *SMALL)]
+    command = [sys.executable, "launch/eval.py", *arguments(network, output, *SMALL)]
     begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(kept_of(output)) < 5 and begun.poll() is None and time.monotonic() < deadline:
@@ -127,7 +170,7 @@ def test_kill_9_in_the_middle_loses_the_batches_under_way_alone(encoder, tmp_pat
     begun.wait()
     done = kept_of(output)
     assert len(done) >= 5 and not output.exists()
-    table = evaluated(encoder, output, *SMALL)
+    table = evaluated(network, output, *SMALL)
     assert table["standing"] == whole["standing"]
     after = kept_of(output)
     assert after[: len(done)] == done and len(after) == len(kept_of(tmp_path / "whole.json"))
@@ -172,18 +215,18 @@ def test_steps_follow_the_attack_where_none_are_given():
     assert attack(name="autoattack", version="custom", steps=5).budget.steps == 5
 
 
-def test_few_classes_are_a_line(encoder, tmp_path, monkeypatch):
+def test_few_classes_are_a_line(network, tmp_path, monkeypatch):
     planned = autoattack.EvaluatedAttackConfig.planned
     monkeypatch.setattr(autoattack.EvaluatedAttackConfig, "planned", lambda self, classes: planned(self, 3))
     with pytest.raises(UsageError, match="apgd-t needs 4 classes and there are 3: run apgd-ce, fab-t, square alone"):
-        evaluated(encoder, tmp_path / "a.json")
+        evaluated(network, tmp_path / "a.json")
 
 
-def test_a_figure_of_one_attack_says_that_it_is_an_upper_bound(encoder, tmp_path, capsys):
-    evaluated(encoder, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce]")
+def test_a_figure_of_one_attack_says_that_it_is_an_upper_bound(network, tmp_path, capsys):
+    evaluated(network, tmp_path / "a.json", *SMALL, "attacks=[apgd-ce]")
     capsys.readouterr()
     module = script("eval")
-    given = [one for one in arguments(encoder, tmp_path / "b.json") if "autoattack" not in one]
+    given = [one for one in arguments(network, tmp_path / "b.json") if "autoattack" not in one]
     module.evaluate(load(RobustEvaluation, [*given, "robust.attack.steps=2"], module.of_run))
     said = capsys.readouterr().out
     assert "attack          apgd on cross-entropy, linf 8/255, 2 steps" in said

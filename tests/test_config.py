@@ -518,6 +518,11 @@ def test_an_evaluation_takes_no_keys_of_another():
             ["optimizer.cycle_epochs=3"],
             "optimizer.cycle_epochs=3.0 is given and not used",
         ),
+        (
+            "pretrain",
+            ["optimizer.milestones=[3,5]"],
+            "optimizer.milestones=(3.0, 5.0) is given and not used: optimizer.",
+        ),
         ("pretrain", ["train.steps=5", "train.epochs=7"], "train.epochs=7 is given and not used: train.steps=5"),
         (
             "pretrain",

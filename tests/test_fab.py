@@ -125,6 +125,7 @@ def test_projection_does_not_depend_on_the_scale(norm):
     change = projection(points, w, amount, norm)
     for scale in (2.0**-80, 2.0**40):
         assert torch.equal(projection(points, w * scale, amount * scale, norm), change)
+    assert projection(points, w * 2.0**-148, amount, norm).isfinite().all()
 
 
 # --- the search -------------------------------------------------------------------------------------------------------

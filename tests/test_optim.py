@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fasttrain.config import resolve
 from fasttrain.errors import UsageError
 from fasttrain.optim import LARS, OptimizerConfig, build_optimizer, require_apex, schedule
 
@@ -20,6 +21,49 @@ def test_schedule_is_the_stated_one():
 def test_warmup_longer_than_the_run_is_refused():
     with pytest.raises(UsageError, match=r"20 steps of warm-up in a run of 10"):
         schedule(1.0, warmup=20, total=10)
+
+
+def test_in_steps_the_learning_rate_is_a_tenth_from_each_milestone_on():
+    config = OptimizerConfig(schedule="steps", milestones=(1.5, 3))
+    falls = config.falls(steps_per_epoch=4, total=13)
+    rate = schedule(0.8, warmup=2, total=13, kind="steps", falls=falls)
+    assert falls == [6, 12]
+    assert [rate(t) for t in range(13)] == pytest.approx([0.4, 0.8, *[0.8] * 4, *[0.08] * 6, 0.008])
+    assert not config.depends_on_total and not OptimizerConfig().falls(4, 13)
+
+
+def test_in_steps_it_is_torchs():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[10, 20], gamma=0.1)
+    rate = schedule(0.1, 0, 25, "steps", falls=OptimizerConfig(schedule="steps", milestones=(10, 20)).falls(1, 25))
+    for epoch in range(25):
+        assert rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_milestone_that_the_run_does_not_reach_is_named():
+    config = OptimizerConfig(schedule="steps", milestones=(10, 20, 22.5))
+    with pytest.raises(
+        UsageError, match=r"milestones=\[10, 20, 22.5\]: 20, 22.5 is not before .* after 15 epochs: leave"
+    ):
+        config.falls(steps_per_epoch=4, total=60)
+    assert config.falls(4, 91) == [40, 80, 90]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "steps"}, r"schedule=steps without milestones: give epochs, milestones=\[10, 20\]"),
+        ({"schedule": "steps", "milestones": [20, 10]}, r"milestones=\[20, 10\]: give epochs above 0, each later"),
+        ({"milestones": [0, 10]}, r"milestones=\[0, 10\]"),
+        ({"milestones": [10, 10]}, r"milestones=\[10, 10\]"),
+    ],
+)
+def test_milestones_that_make_no_schedule_are_refused(values, message):
+    with pytest.raises(UsageError, match=message):
+        resolve(OptimizerConfig, values)
 
 
 @pytest.mark.parametrize(("scaling", "peak"), [("linear", 4.8), ("sqrt", 1.2), ("none", 0.3)])

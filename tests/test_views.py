@@ -30,10 +30,10 @@ EPS = 8 / 255
 PGD = {"name": "pgd", "steps": 3}
 
 
-def make_encoder(smooth: bool = False) -> Encoder:
+def make_encoder(smooth: bool = False, width: float = 0.125) -> Encoder:
     torch.manual_seed(0)
     head = HeadConfig(layers=2, width=16, out=8, predictor=8)
-    encoder = Encoder(ModelConfig(arch="resnet18", stem="cifar", width=0.125, head=head, classes=3))
+    encoder = Encoder(ModelConfig(arch="resnet18", stem="cifar", width=width, head=head, classes=3))
     for module in encoder.modules():  # as after some training: no BatchNorm the identity
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for tensor in (module.weight, module.running_var):

@@ -64,6 +64,11 @@ class AttackConfig(Config):
             raise ValueError(f"eps_255={self.eps_255}: an linf bound is at most 255, the whole pixel range")
         return self
 
+    @property
+    def starts_at_image(self) -> bool:
+        """Whether the first step is taken at the image itself."""
+        return self.name == "fgsm" or not self.random_start
+
     def doubts(self) -> list[str]:
         found, eps = [], f"{self.eps_255:g}"
         least, most = (1, 80) if self.norm == "linf" else (5, 50 * 255)

@@ -88,8 +88,9 @@ def projection(points: Tensor, w: Tensor, amount: Tensor, norm: Norm) -> Tensor:
     Where no d is large enough, the largest; where w is 0, no change.
     """
     largest = w.abs().amax((1, 2, 3))
-    scale = amount.sign() / torch.where(largest > 0, largest, 1)
-    g, amount = w * _spread(scale), amount * scale
+    scale = torch.where(largest > 0, largest, 1)
+    scale = torch.where(amount < 0, -scale, scale)
+    g, amount = w / _spread(scale), amount / scale
     size = g.abs()
     room = torch.where(g > 0, 1 - points, points)
     if norm == "linf":

@@ -96,7 +96,7 @@ class Targets:
         return logits, batch._replace(labels=classifier.task.relabelled(batch.labels))
 
     def victim(self, point: Point) -> tuple[Victim, Batch]:
-        """As :meth:`at`, for a search: judged in the precision of ``point``, gone by in its ``search``, if it has one."""
+        """As :meth:`at`, for a search: judged in the precision of ``point``, and gone by in its ``search``, if any."""
         judge, batch = self._cast(point)
         if "search" not in point:
             return Victim(judge), batch

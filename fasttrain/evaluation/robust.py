@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from fasttrain import distributed
 from fasttrain.accuracies import UPPER_BOUND, attack_text, interval_text, wilson
 from fasttrain.attacks import AttackConfig, attacked, make_attack
 from fasttrain.config import Config, Where
@@ -19,12 +20,13 @@ from fasttrain.data.loader import LoaderConfig
 from fasttrain.distributed import all_reduce
 from fasttrain.errors import UsageError
 from fasttrain.evaluation.attacked import Targets, not_finite, outcomes
-from fasttrain.evaluation.autoattack import EvaluatedAttackConfig, autoattacked
+from fasttrain.evaluation.autoattack import EvaluatedAttackConfig, Stood, autoattacked
 from fasttrain.evaluation.classifier import ClassifierConfig, classifier_of
-from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject
+from fasttrain.evaluation.evaluation import Evaluation, EvaluationData, Subject, place_of
 from fasttrain.evaluation.images import chunks, evaluation_batches, thin
 from fasttrain.evaluation.linear import ProbedConfig
 from fasttrain.evaluation.parts import Found, Parts, Point
+from fasttrain.evaluation.robustbench import Measured, Shown, check_claim, write_claim
 from fasttrain.models import Encoder
 
 
@@ -63,6 +65,8 @@ class RobustEvaluation(ProbedConfig):
 
     classifier: KindConfig = KindConfig()
     robust: EvaluatedConfig = EvaluatedConfig()
+    format: Literal["json", "robustbench"] = "json"
+    "robustbench: beside the result also the claim and the model as RobustBench takes them, in <output>.robustbench"
 
     reads: ClassVar[dict[str, Where]] = {name: Where("fits", why="classifier.kind=own") for name in ("bank", "linear")}
 
@@ -83,6 +87,7 @@ class RobustAccuracy(NamedTuple):
     attack: dict[str, Any] | None = None
     standing: dict[str, float] | None = None  # AutoAttack's: the share that stands after each attack, in order
     doubts: tuple[str, ...] = ()  # what makes the figure unreliable
+    claim: tuple[str, ...] = ()  # RobustBench's: what was written, and what is left to do
 
 
 def evaluate(
@@ -99,16 +104,23 @@ def evaluate(
     classifier = classifier_of(subjects[0], encoder, data, chosen, parts)
     targets = Targets(data, [(encoder, classifier)])
     indices = data.choose("val", config.robust.images)
+    shown = Shown(data.val.root.name, data.val.classes, config.augment)
+    if config.format == "robustbench":
+        distributed.agree(lambda: check_claim(attack, shown))
     if attack.name == "autoattack":
-        classes = len(classifier.task.classes)
         # what is judged is the network in full, unless a precision is asked for
         judged, faster = (None, data.autocast) if config.precision == "auto" else (data.autocast, None)
+        classes = len(classifier.task.classes)
         stood = autoattacked(targets, indices, attack, classes, config.batch, judged, parts, faster)
-        clean, *_, robust = (len(images) for images in stood.standing.values())
-        standing = {name: len(images) / len(indices) for name, images in stood.standing.items() if name != "clean"}
-        return shares(clean, robust, len(indices))._replace(
-            attack=attack.model_dump(), standing=standing, doubts=tuple(stood.doubts)
+        found = of_autoattack(stood, len(indices), attack)
+        if config.format == "json":
+            return found
+        measured = Measured(found.clean_top1, found.robust_top1, found.images, found.doubts)
+        place = place_of(config, subjects).with_suffix(".robustbench")
+        told = distributed.on_rank_zero(
+            lambda: write_claim(place, encoder, classifier.weight, classifier.bias, attack, shown, measured)
         )
+        return found._replace(claim=(*(f"written to {path}" for path in told.paths), *told.lines))
     settings = attack.model_dump(include=set(AttackConfig.model_fields))
     points = [targets.point(0, chunk, data.autocast, attack=settings) for chunk in chunks(indices, config.batch)]
     moves = make_attack(attack)
@@ -120,6 +132,14 @@ def evaluate(
     counts = parts.run("robust accuracy", points, work)
     clean, robust = (sum(found[key] for found in counts) for key in ("clean", "robust"))
     return shares(clean, robust, len(indices))._replace(attack=settings)
+
+
+def of_autoattack(stood: Stood, total: int, attack: EvaluatedAttackConfig) -> RobustAccuracy:
+    """What AutoAttack left of ``total`` images."""
+    counts = {name: len(images) for name, images in stood.standing.items()}
+    found = shares(counts["clean"], list(counts.values())[-1], total)
+    standing = {name: count / total for name, count in counts.items() if name != "clean"}
+    return found._replace(attack=attack.model_dump(), standing=standing, doubts=tuple(stood.doubts))
 
 
 def robust_accuracy(
@@ -175,7 +195,8 @@ def lines(found: RobustAccuracy) -> list[str]:
         told.append(f"{'':16s}{UPPER_BOUND}")
     elif found.attack["version"] != "standard":
         told.append(f"{'':16s}an upper bound of what the standard version leaves")
-    return told + [f"{'DOUBT':16s}{doubt}" for doubt in found.doubts]
+    told += [f"{'DOUBT':16s}{doubt}" for doubt in found.doubts]
+    return told + [f"{'robustbench':16s}{line}" for line in found.claim]
 
 
 class OnlineRobust:

@@ -28,4 +28,15 @@ def frozen_copy(encoder: Encoder) -> Encoder:
     return keep_in_evaluation(copy.deepcopy(encoder).requires_grad_(False))
 
 
-__all__ = ["frozen_copy", "keep_in_evaluation"]
+def freeze_backbone(encoder: Encoder) -> None:
+    """Let the heads of ``encoder`` alone train, its classifier ``backbone.fc`` among them.
+
+    Everything else of the backbone gets no gradient, so that no optimiser moves or decays it, and its BatchNorms use
+    their running statistics and leave them as they are, in training mode too.
+    """
+    keep_in_evaluation(encoder.backbone).requires_grad_(False)
+    if encoder.config.classes:
+        encoder.backbone.fc.requires_grad_()
+
+
+__all__ = ["freeze_backbone", "frozen_copy", "keep_in_evaluation"]

@@ -15,7 +15,9 @@ from fasttrain.objectives.terms import (
     build_objective,
     build_one_sided,
     check_term,
+    sees_both,
 )
+from fasttrain.objectives.trades import trades, trades_one_sided
 
 __all__ = [
     "FareConfig",
@@ -40,10 +42,13 @@ __all__ = [
     "layer_by_layer",
     "layer_by_layer_penalty",
     "nt_xent",
+    "sees_both",
     "simsiam",
     "simsiam_one_sided",
     "sup_con",
     "sup_con_one_sided",
     "surrogate_one_sided",
+    "trades",
+    "trades_one_sided",
     "traits",
 ]

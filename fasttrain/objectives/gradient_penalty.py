@@ -88,7 +88,7 @@ def gradient_penalty(
         scalars["penalty"] = penalty.detach().mean()
         return losses + penalty
 
-    return with_traits(objective, _traits(precision, scalars, Summand(of, 1.0, weight / 2, regulariser)))
+    return with_traits(objective, _traits(of, precision, scalars, Summand(of, 1.0, weight / 2, regulariser)))
 
 
 def layer_by_layer_penalty(
@@ -143,7 +143,7 @@ def layer_by_layer_penalty(
     summands = [
         Summand(at_layer(of, k), a, b, regulariser) for k, (a, b) in enumerate(zip(alpha, beta, strict=True)) if a or b
     ]
-    return with_traits(objective, _traits(precision, scalars, *summands))
+    return with_traits(objective, _traits(of, precision, scalars, *summands))
 
 
 def double_backward(of: Objective, losses: Tensor, encoded: Encoded, batch: Batch) -> Tensor:
@@ -273,11 +273,12 @@ def _regulariser(of: Objective, method: Method, step: float, scheme: Scheme) -> 
     return finite_difference(step, scheme)
 
 
-def _traits(precision: Precision, scalars: dict[str, Tensor], *summands: Summand) -> Traits:
+def _traits(of: Objective, precision: Precision, scalars: dict[str, Tensor], *summands: Summand) -> Traits:
     _one_of("precision", precision, Precision)
     of_gradient = all(summand.regulariser is double_backward for summand in summands)
     asked = summands if of_gradient else ()
-    return Traits(image_gradient=True, full_precision=precision == "fp32", summands=asked, scalars=scalars)
+    full, passes = precision == "fp32", traits(of).passes
+    return Traits(image_gradient=True, full_precision=full, passes=passes, summands=asked, scalars=scalars)
 
 
 def _one_of(name: str, value: str, choices: object) -> None:

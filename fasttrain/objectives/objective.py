@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import NamedTuple
@@ -27,6 +27,9 @@ For attacks: an image's loss depends on that image alone, so the gradient of the
 What comes of the other views is detached, and gathered over the ranks once, not at each step of the attack.
 """
 
+ROWS = ("features", "projections", "logits", "predictions")
+"Members of an encoding, and of its layers, that have a row an image and that objectives look at."
+
 
 class Summand(NamedTuple):
     """weight · L + penalty · R, with R = regulariser(L, its value, encoded views, batch)."""
@@ -43,6 +46,7 @@ class Traits(NamedTuple):
     image_gradient: bool = False  # differentiates by encoded.images, which must require gradients before encoding
     full_precision: bool = False  # the encoding must not be autocast
     stops_gradients: bool = False  # what autograd differentiates is not the derivative of the value
+    passes: int = 1  # equal parts of the images that are encoded apart, each with BatchNorm statistics of its own
     summands: tuple[Summand, ...] = ()  # what it is the sum of, where R is a function of L's gradient by the images
     scalars: Mapping[str, Tensor] = MappingProxyType({})  # parts of its last value's mean, detached, to be logged
 
@@ -64,5 +68,20 @@ def encode(encoder: Encoder, images: Tensor, objectives: Iterable[Objective]) ->
     if any(one.image_gradient for one in asked) and not images.requires_grad:
         images = images.detach().requires_grad_()
     full = any(one.full_precision for one in asked)
+    passes = max(one.passes for one in asked)
     with torch.autocast(images.device.type, enabled=False) if full else nullcontext():
-        return encoder(images)
+        return encoder(images) if passes == 1 else _encode_apart(encoder, images, passes)
+
+
+def _encode_apart(encoder: Encoder, images: Tensor, passes: int) -> Encoded:
+    """The encodings of equal parts of ``images``, one part after another, as one."""
+    whole = _joined([encoder(part) for part in images.chunk(passes)])
+    return whole._replace(images=images, encoder=lambda others: _encode_apart(encoder, others, passes))
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    """Rows below each other; the stages' maps, which heads alone see, are left out."""
+    rows = {name: [getattr(part, name) for part in parts] for name in ROWS}
+    layers = tuple(_joined(layer) for layer in zip(*(part.layers for part in parts), strict=True))
+    joined = {name: None if each[0] is None else torch.cat(each) for name, each in rows.items()}
+    return Encoded(images=None, stages=(), **joined, layers=layers)

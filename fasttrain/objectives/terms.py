@@ -23,6 +23,7 @@ from fasttrain.objectives.nt_xent import nt_xent
 from fasttrain.objectives.objective import Objective, OneSided
 from fasttrain.objectives.simsiam import simsiam, simsiam_one_sided
 from fasttrain.objectives.sup_con import info_nce, sup_con, sup_con_one_sided
+from fasttrain.objectives.trades import trades, trades_one_sided
 
 Weight = Annotated[float, pydantic.Field(ge=0)]
 PerStage = tuple[Weight, Weight, Weight, Weight]
@@ -31,19 +32,25 @@ PerStage = tuple[Weight, Weight, Weight, Weight]
 class _Entry(NamedTuple):
     objective: Callable[..., Objective]
     one_sided: Callable[..., OneSided]
-    has_temperature: bool
+    options: dict[str, float]  # keys of the term that it takes, and what null is for each
     needs: tuple[str, ...]  # keys of the model that must not be 0
     views: int  # of each image, at least
     images: int  # that a loss sees together, at least: with fewer it is constant, whatever the encoder does
     classes: int  # of the data set, at least, likewise
+    sees_both: bool = False  # the one view of each image, and the attacked one beside it
 
 
 OBJECTIVES: dict[str, _Entry] = {
-    "nt_xent": _Entry(nt_xent, info_nce, True, ("head.layers",), 2, 2, 0),
-    "sup_con": _Entry(sup_con, sup_con_one_sided, True, ("head.layers",), 2, 2, 2),
-    "cross_entropy": _Entry(cross_entropy, cross_entropy_one_sided, False, ("classes",), 1, 1, 2),
-    "simsiam": _Entry(simsiam, simsiam_one_sided, False, ("head.layers", "head.predictor"), 2, 2, 0),
+    "nt_xent": _Entry(nt_xent, info_nce, {"temperature": 0.1}, ("head.layers",), 2, 2, 0),
+    "sup_con": _Entry(sup_con, sup_con_one_sided, {"temperature": 0.1}, ("head.layers",), 2, 2, 2),
+    "cross_entropy": _Entry(cross_entropy, cross_entropy_one_sided, {}, ("classes",), 1, 1, 2),
+    "simsiam": _Entry(simsiam, simsiam_one_sided, {}, ("head.layers", "head.predictor"), 2, 2, 0),
+    "trades": _Entry(trades, lambda beta: trades_one_sided(), {"beta": 6.0}, ("classes",), 1, 1, 2, sees_both=True),
 }
+
+
+OPTIONS = ("temperature", "beta")
+"Keys of a term that some objectives take."
 
 
 class PenaltyConfig(Config):
@@ -97,11 +104,13 @@ class TermConfig(Config):
     """One term of the loss: weight · (objective, on one or all stages, with or without a penalty)."""
 
     objective: str = "nt_xent"
-    """nt_xent, sup_con, cross_entropy or simsiam."""
+    """nt_xent, sup_con, cross_entropy, simsiam or trades."""
     weight: float = pydantic.Field(default=1.0, gt=0)
     """Factor on the term."""
     temperature: float | None = pydantic.Field(default=None, gt=0)
     """nt_xent, sup_con: temperature; null: 0.1."""
+    beta: float | None = pydantic.Field(default=None, gt=0)
+    """trades: weight of the divergence of clean and attacked predictions; null: 6."""
     penalty: PenaltyConfig = PenaltyConfig()
     """Penalty on the image gradient."""
     layers: LayersConfig = LayersConfig()
@@ -123,8 +132,9 @@ class TermConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> TermConfig:
-        if self.temperature is not None and not OBJECTIVES[self.objective].has_temperature:
-            raise ValueError(f"temperature={self.temperature}: {self.objective} has none, remove it")
+        for key in OPTIONS:
+            if getattr(self, key) is not None and key not in OBJECTIVES[self.objective].options:
+                raise ValueError(f"{key}={getattr(self, key)}: {self.objective} has none, remove it")
         if self.layers.beta is not None and self.penalty.weight:
             raise ValueError(
                 f"penalty.weight={self.penalty.weight} and layers.beta={self.layers.beta} both weigh the penalty: "
@@ -143,7 +153,7 @@ def build_objective(config: TermConfig) -> Objective:
     Raises:
         UsageError: a combination that the mathematics does not allow; see :func:`gradient_penalty`.
     """
-    of = OBJECTIVES[config.objective].objective(*_temperature(config))
+    of = OBJECTIVES[config.objective].objective(*_options(config))
     alpha, beta, penalty = config.layers.alpha, config.layers.beta, config.penalty
     if beta is not None:
         return layer_by_layer_penalty(of, alpha, beta, **penalty.options())
@@ -154,7 +164,12 @@ def build_objective(config: TermConfig) -> Objective:
 
 def build_one_sided(config: TermConfig) -> OneSided:
     """The loss by which an attack on one view, the others fixed, is to raise this term's objective."""
-    return OBJECTIVES[config.objective].one_sided(*_temperature(config))
+    return OBJECTIVES[config.objective].one_sided(*_options(config))
+
+
+def sees_both(config: TermConfig) -> bool:
+    """Whether this term's objective is of clean images and their attacked selves, views of one batch in this order."""
+    return OBJECTIVES[config.objective].sees_both
 
 
 def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int, images: int) -> None:
@@ -185,6 +200,10 @@ def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int,
         raise UsageError("model.layer_heads=false: layer-by-layer losses need them, set model.layer_heads=true")
     if views < entry.views:
         raise UsageError(f"augment.views={views}: {config.objective} compares views, set augment.views={entry.views}")
+    if views > 1 and entry.sees_both:
+        raise UsageError(
+            f"augment.views={views}: {config.objective} compares an image with its attacked self, set augment.views=1"
+        )
     if images < entry.images:
         raise UsageError(
             f"{config.objective} compares images and a micro-batch of all ranks has {images}, so that its loss is "
@@ -197,7 +216,6 @@ def check_term(config: TermConfig, model: ModelConfig, views: int, classes: int,
         )
 
 
-def _temperature(config: TermConfig) -> tuple[float, ...]:
-    if not OBJECTIVES[config.objective].has_temperature:
-        return ()
-    return (0.1 if config.temperature is None else config.temperature,)
+def _options(config: TermConfig) -> tuple[float, ...]:
+    options = OBJECTIVES[config.objective].options
+    return tuple(usual if getattr(config, key) is None else getattr(config, key) for key, usual in options.items())

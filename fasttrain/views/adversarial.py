@@ -14,13 +14,17 @@ from fasttrain.views.view import put, take
 
 
 def adversarial(
-    attack: AttackConfig, against: OneSided, seed: int, index: int = 0, accumulation: int = 1
+    attack: AttackConfig, against: OneSided, seed: int, index: int = 0, accumulation: int = 1, beside: bool = False
 ) -> Adversarial:
     """The batch with one view moved, inside its threat model, to where ``against`` is high.
 
     With x the view, x⁺ the others, φ the encoder and ℓ the one-sided loss that ``against`` makes of φ(x⁺), batch::
 
         view(x, x⁺) = (z, x⁺),      z ≈ argmax ℓ(φ(x')) over x' in B(x) ∩ [0, 1]
+
+    With ``beside`` z comes after all views, x among them, and what ``against`` gets is φ of all of them::
+
+        view(x) = (x, z),           z ≈ argmax ℓ(φ(x')),    ℓ made of φ(x)
 
     φ(x⁺) is computed, and gathered over the ranks, once a batch; of a batch of one view there is none, and ``against``
     gets ``None`` for it. What comes back is a constant: an objective on it trains the encoder on the images as they are
@@ -37,28 +41,34 @@ def adversarial(
         against: what to raise; :func:`~fasttrain.objectives.build_one_sided` has that of each objective.
         index: which of the batch's views.
         accumulation: calls to an optimiser step.
+        beside: whether the attacked images come beside the view that they were, instead of in its place.
 
     Raises:
         UsageError: the batch has no such view (on the call).
     """
-    return Adversarial(attack, against, seed, index, accumulation)
+    return Adversarial(attack, against, seed, index, accumulation, beside)
 
 
 class Adversarial(nn.Module):
     """See :func:`adversarial`."""
 
-    def __init__(self, attack: AttackConfig, against: OneSided, seed: int, index: int, accumulation: int) -> None:
+    def __init__(
+        self, attack: AttackConfig, against: OneSided, seed: int, index: int, accumulation: int, beside: bool
+    ) -> None:
         super().__init__()
         self.attack, self.batchnorm = make_attack(attack), attack.batchnorm
         self.against, self.seed, self.index, self.accumulation = against, seed, index, accumulation
+        self.beside = beside
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, encoder: Encoder, batch: Batch) -> Batch:
-        return put(batch, self.index, self.moved(encoder, batch))
+        place = len(batch.images) if self.beside else self.index
+        return put(batch, place, self.moved(encoder, batch))
 
     def moved(self, encoder: Encoder, batch: Batch) -> Tensor:
-        """The images that take the view's place."""
+        """The images that take the view's place, or come beside it."""
         images, others = take(batch, self.index)
+        others = list(batch.images) if self.beside else others
         model = attacked(encoder, self.batchnorm)
         with torch.no_grad(), frozen_statistics():
             fixed = model(torch.cat(others)) if others else None

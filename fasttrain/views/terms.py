@@ -10,7 +10,7 @@ from fasttrain.attacks import AttackConfig
 from fasttrain.attacks.structured import StructuredConfig
 from fasttrain.config import Config
 from fasttrain.models import Encoder
-from fasttrain.objectives import TermConfig, build_one_sided
+from fasttrain.objectives import TermConfig, build_one_sided, sees_both
 from fasttrain.views.adversarial import adversarial
 from fasttrain.views.structured import structured
 from fasttrain.views.view import View, clean
@@ -53,7 +53,25 @@ class ViewedTermConfig(TermConfig):
                 "penalty.method=finite_difference cuts the penalty's gradient to the adversary of "
                 "view.kind=structured: use penalty.method=double_backward"
             )
+        if sees_both(self):
+            self._attacked_at_random()
         return self
+
+    def _attacked_at_random(self) -> None:
+        view = self.view
+        if view.kind != "attack":
+            raise ValueError(
+                f"objective={self.objective} compares each image with its attacked self and view.kind={view.kind}: set "
+                "view.kind=attack"
+            )
+        if view.index:
+            raise ValueError(f"view.index={view.index}: {self.objective} is of one view, set view.index=0")
+        if view.attack.starts_at_image:
+            raise ValueError(
+                f"view.attack.name={view.attack.name} would start at the image, where clean and attacked predictions "
+                "agree and their divergence has no gradient: use view.attack.name=apgd, or pgd with "
+                "view.attack.random_start=true"
+            )
 
 
 def build_view(term: ViewedTermConfig, encoder: Encoder, seed: int, accumulation: int = 1) -> View:
@@ -61,7 +79,8 @@ def build_view(term: ViewedTermConfig, encoder: Encoder, seed: int, accumulation
     view, device = term.view, next(encoder.parameters()).device
     match view.kind:
         case "attack":
-            return adversarial(view.attack, build_one_sided(term), seed, view.index, accumulation).to(device)
+            against, beside = build_one_sided(term), sees_both(term)
+            return adversarial(view.attack, against, seed, view.index, accumulation, beside).to(device)
         case "structured":
             return structured(view.structured, encoder.backbone.num_features, view.index).to(device)
     return clean

@@ -36,8 +36,8 @@ def take(batch: Batch, index: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def put(batch: Batch, index: int, images: Tensor) -> Batch:
-    """The batch with ``images`` for its view ``index``."""
+    """The batch with ``images`` for its view ``index``; after its last view, where that is the next number."""
     views = list(batch.images)
-    views[index] = images.contiguous(memory_format=torch.channels_last)
+    views[index : index + 1] = [images.contiguous(memory_format=torch.channels_last)]
     # a stack would not stay channels-last
     return batch._replace(images=torch.cat(views).unflatten(0, (len(views), -1)))
