@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -121,17 +122,17 @@ def compare_searches(config: SearchBenchConfig, precision: Precision, rounds: in
 
         contestants[name] = step
 
+    ours = {f"{title}, ours" for title in ATTACKS}
     for title, attacks in ATTACKS.items():
-        ours = f"{title}, ours"
-        contest(ours, _ours(place, attacks, config.budget))
+        contest(f"{title}, ours", _ours(place, attacks, config.budget))
         for rival, build in {"published code": _published, "torchattacks": _torchattacks}.items():
             if (run := build(place, attacks, config.budget)) is None:
                 absent.add(rival)
                 continue
             contest(f"{title}, {rival}", _refusable(run))
-            pairs.append((ours, f"{title}, {rival}"))
+            pairs.append((f"{title}, ours", f"{title}, {rival}"))
 
-    for timings, refusals in alternate_steps(contestants, rounds, 1, place.device, needed=[x for x, _ in pairs]):
+    for timings, refusals in alternate_steps(contestants, rounds, 1, place.device, needed=ours):
         standing = {name: torch.stack(stood[name][1:]) for name in timings}
         compared = [no_more(*pair, standing) for pair in pairs if pair[1] in timings]
         missing = [f"{RIVALS[name]} is not installed" for name in RIVALS if name in absent]
@@ -162,7 +163,7 @@ def _report(
     rows = []
     for name, timing in timings.items():
         rates, robust = [count / seconds for seconds in timing.rounds], float(standing[name].double().mean())
-        cpu = f"{sorted(timing.cpu)[len(timing.cpu) // 2] / count * 1000:.3g}" if timing.cpu else ""
+        cpu = f"{statistics.median(timing.cpu) / count * 1000:.3g}" if timing.cpu else ""
         rate = count / timing.seconds
         lines.append(f"| {name} | {rate:.3g} | {min(rates):.3g} to {max(rates):.3g} | {cpu} | {robust:.1%} |")
         rows.append(timing.row() | {"images_per_second": rate, "robust_accuracy": robust})

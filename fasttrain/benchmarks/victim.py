@@ -1,8 +1,8 @@
 """A classifier and images of which an attack fools some and not others, without data or training.
 
 The network's weights are random, but for its linear layer: ridge regression of the classes on the features of images
-drawn like those that are attacked. ε is the median, over images, of margin / ‖its gradient‖₁, which is the distance from
-the boundary of a linear network: one would lose half of the images.
+drawn like those that are attacked. ε is the median, over images, of margin / ‖its gradient‖₁: the distance from the
+boundary, were the network linear; half of the images would then fall.
 """
 
 from __future__ import annotations
