@@ -120,7 +120,7 @@ def evaluate(
         told = distributed.on_rank_zero(
             lambda: write_claim(place, encoder, classifier.weight, classifier.bias, attack, shown, measured)
         )
-        return found._replace(claim=(*(f"written to {path}" for path in told.paths), *told.lines))
+        return found._replace(claim=tuple(told))
     settings = attack.model_dump(include=set(AttackConfig.model_fields))
     points = [targets.point(0, chunk, data.autocast, attack=settings) for chunk in chunks(indices, config.batch)]
     moves = make_attack(attack)

@@ -28,6 +28,7 @@ from fasttrain.errors import UsageError
 from fasttrain.evaluation.autoattack import EvaluatedAttackConfig
 from fasttrain.models import Encoder, ModelConfig
 from fasttrain.output import write_output
+from fasttrain.printable import printable
 
 MODULE = "model"
 ELSEWHERE = "choose another place with output=…"
@@ -81,13 +82,6 @@ class Shown(NamedTuple):
         return round(self.augment.size / self.augment.eval_crop)
 
 
-class Claim(NamedTuple):
-    """What was written."""
-
-    paths: list[Path]
-    lines: list[str]  # for a person: what is left to do, and what RobustBench will miss
-
-
 def check_claim(attack: EvaluatedAttackConfig, shown: Shown) -> None:
     """See, before the hours that it takes, that RobustBench can measure the same.
 
@@ -115,13 +109,16 @@ def write_claim(
     attack: EvaluatedAttackConfig,
     shown: Shown,
     measured: Measured,
-) -> Claim:
+) -> list[str]:
     """Write the claim that ``attack`` left so much of the classifier W x + b on the features of ``encoder``.
 
     Args:
         folder: for its three files; made if need be.
         weight: W, [C, F].
         bias: b, [C].
+
+    Returns:
+        Lines for a person: what was written, what is left to do, and what RobustBench will miss.
 
     Raises:
         UsageError: as :func:`check_claim`, or the folder cannot be written.
@@ -138,8 +135,8 @@ def write_claim(
         raise UsageError(f"'{folder}' cannot be made ({error.strerror or error}): {ELSEWHERE}") from None
     for name, content in contents.items():
         write_output(folder / name, content, ELSEWHERE)
-    lines = [f"of the claim fill in {', '.join(YOURS)}: only you know them", *missed(attack, shown, measured)]
-    return Claim([folder / name for name in contents], lines)
+    written = [f"written to {printable(folder / name)}" for name in contents]
+    return [*written, f"of the claim fill in {', '.join(YOURS)}: only you know them", *missed(attack, shown, measured)]
 
 
 def claim(
@@ -245,4 +242,4 @@ def weights(encoder: Encoder, weight: Tensor, bias: Tensor) -> bytes:
     return file.getvalue()
 
 
-__all__ = ["Claim", "Measured", "Shown", "check_claim", "write_claim"]
+__all__ = ["Measured", "Shown", "check_claim", "write_claim"]
