@@ -65,7 +65,7 @@ def square(threat: Threat, queries: int) -> Search:
     @torch.no_grad()
     def search(victim: Victim, cases: Cases) -> Found:
         standing, like = Standing(victim, cases), cases.images
-        images = like.contiguous()  # channels last, a mask of pixels would be spread along the innermost three numbers
+        images = like.contiguous()  # masks of pixels spread over channels: cheap if those lie outermost
         best = start(images, cases.keys, threat.eps)
         scores = victim.logits(_laid_out(best, like))
         if standing.strike(best, scores):
