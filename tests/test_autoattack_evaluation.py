@@ -113,7 +113,7 @@ def test_the_claim_for_robustbench_lies_beside_the_result(network, tmp_path, cap
     assert claim["autoattack_acc"] == f"{100 * table['robust_top1']:.2f}" and claim["eps"] == "6/255"
     assert {path.name for path in folder.iterdir()} == {"claim.json", "model.py", "model.pt"}
     assert f"written to {folder / 'model.py'}" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="claims what the standard AutoAttack leaves.* set robust.attack.name"):
+    with pytest.raises(UsageError, match=r"claims what the standard AutoAttack leaves.* set robust.attack.name"):
         module.evaluate(load(RobustEvaluation, [*given, "robust.attack.version=first_two"], module.of_run))
 
 

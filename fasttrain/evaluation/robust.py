@@ -99,14 +99,15 @@ def evaluate(
         UsageError: no validation image; as :func:`~fasttrain.evaluation.autoattack.autoattacked`.
         NotFinite: as :func:`robust_accuracy`.
     """
-    encoder, attack = subjects[0].load(data.device), config.robust.attack.settled
+    attack, shown = config.robust.attack.settled, Shown(data.val.root.name, data.val.classes, config.augment)
+    if config.format == "robustbench":
+        distributed.agree(lambda: check_claim(attack, shown))
+    indices = data.choose("val", config.robust.images)
+    check_count(len(indices))
+    encoder = subjects[0].load(data.device)
     chosen = ClassifierConfig(kind=config.classifier.kind, bank=config.bank, linear=config.linear)
     classifier = classifier_of(subjects[0], encoder, data, chosen, parts)
     targets = Targets(data, [(encoder, classifier)])
-    indices = data.choose("val", config.robust.images)
-    shown = Shown(data.val.root.name, data.val.classes, config.augment)
-    if config.format == "robustbench":
-        distributed.agree(lambda: check_claim(attack, shown))
     if attack.name == "autoattack":
         # what is judged is the network in full, unless a precision is asked for
         judged, faster = (None, data.autocast) if config.precision == "auto" else (data.autocast, None)
@@ -179,9 +180,18 @@ def robust_accuracy(
     return shares(clean, robust, total)
 
 
-def shares(clean: int, robust: int, total: int) -> RobustAccuracy:
+def check_count(total: int) -> None:
+    """
+    Raises:
+        UsageError: there is no image.
+    """
     if not total:
         raise UsageError("robust accuracy has 0 validation images: give a data set with a validation split")
+
+
+def shares(clean: int, robust: int, total: int) -> RobustAccuracy:
+    """Of counts of images; as :func:`check_count`."""
+    check_count(total)
     return RobustAccuracy(clean / total, robust / total, total, wilson(clean, total), wilson(robust, total))
 
 
