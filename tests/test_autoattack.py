@@ -241,6 +241,8 @@ def test_labels_outside_the_classes_and_images_outside_the_range_are_refused():
         autoattack(model, images, labels, Linf(0.02), budget=SMALL)
     with pytest.raises(UsageError, match=r"AutoAttack on values from .* to 25\d.*: give images in"):
         autoattack(model, images * 255, labels.clamp(max=4), Linf(0.02), budget=SMALL)
+    with pytest.raises(UsageError, match="AutoAttack on 0 images"):
+        autoattack(model, images[:0], labels[:0], Linf(0.02), budget=SMALL)
 
 
 def test_a_network_that_attacks_cannot_judge_is_doubted():

@@ -190,10 +190,12 @@ def autoattack(
             say; what an image has to fool is always ``logits``.
 
     Raises:
-        UsageError: as :func:`stages`; labels outside the classes, images outside [0, 1].
+        UsageError: as :func:`stages`; labels outside the classes, no images, or images outside [0, 1].
         NotFinite: a score is not finite.
     """
-    if len(images) and not 0 <= float(images.min()) <= float(images.max()) <= 1:
+    if not len(images):
+        raise UsageError("AutoAttack on 0 images: give at least one")
+    if not 0 <= float(images.min()) <= float(images.max()) <= 1:
         low, high = float(images.min()), float(images.max())
         raise UsageError(f"AutoAttack on values from {low:.4g} to {high:.4g}: give images in [0, 1]")
     keys = image_keys(0, 0, torch.arange(len(images)) if index is None else index).to(images.device)
