@@ -445,6 +445,11 @@ def test_many_complaints_are_capped():
         ({"eps_255": 0}, None),
         ({"name": "pgd", "step_255": 0.8}, None),
         ({"eps_255": 127.5, "norm": "l2"}, None),
+        ({"eps_255": 8, "norm": "l2"}, "attack.eps_255=8 bounds the l2 norm over all pixels by 0.031: 0.5 (127.5) is"),
+        ({"eps_255": 127.5}, "attack.eps_255=127.5 moves each value by up to 0.5: 8 (0.031) is usual; for an l2 bound"),
+        ({"eps_255": 32512.5, "norm": "l2"}, "attack.eps_255=32512.5 is an l2 norm of 127.5: 127.5 (0.5) is usual for"),
+        ({"eps_255": 76.5}, None),
+        ({"eps_255": 765, "norm": "l2"}, None),
     ],
 )
 def test_a_probable_slip_of_units_is_said(settings, said):

@@ -204,6 +204,15 @@ def test_bad_input_is_a_line(values, message):
     resolve(CurvesEvaluation, {"task": "curves", "source": ("x",), "norm": "l2", "eps_255": (0, 300)})
 
 
+def test_a_slip_of_units_is_said():
+    def said(**values):
+        return resolve(CurvesEvaluation, {"task": "curves", "source": ("x",), **values}).doubts()
+
+    assert said() == said(norm="l2") == said(eps_255=(0.5, 4)) == []
+    assert said(norm="l2", eps_255=(0.1, 0.5)) == ["eps_255=0.5 is 0.5/255: for 0.5 of the range [0, 1] give 127.5"]
+    assert said(eps_255=(0.01, 0.03))[0].startswith("eps_255=0.03 is 0.03/255")
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,9 @@ class CurvesEvaluation(ComparisonConfig):
             raise ValueError(f"{shown}: an linf size is at most 255, the whole pixel range")
         return self
 
+    def doubts(self) -> list[str]:
+        return self.attack_at("fgsm", self.radii_255[-1]).doubts()  # smaller sizes than the last may be meant
+
     def attack_at(self, name: Name, eps_255: float) -> AttackConfig:
         """Of one size."""
         used = {"pgd": ("steps", "restarts", "step_255"), "apgd": ("steps", "restarts")}.get(name, ())

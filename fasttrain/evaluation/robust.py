@@ -34,7 +34,7 @@ class RobustConfig(Config):
     """How robust accuracy is measured."""
 
     attack: AttackConfig = AttackConfig()
-    """On the classifier's cross-entropy."""
+    """On the classifier's cross-entropy, so that the figure is an upper bound of what AutoAttack leaves."""
     images: int | None = Field(None, ge=1)
     """Validation images to attack, evenly spaced over the listing; null: all."""
 
