@@ -259,6 +259,11 @@ def test_a_run_lowers_the_distance_that_an_attack_can_reach_on_new_images(finish
     assert reached[1] < 0.7 * reached[0]
     lines = metrics(finished)
     assert [line["step"] for line in lines if "robust_top1" in line] == [0, 12, 24]
+    (count,) = {line["robust_images"] for line in lines if "robust_top1" in line}
+    said = script("finetune").summary(NamedTuple("Run", [("dir", Path)])(finished), AttackConfig())
+    assert (
+        f"of {count:,.0f}, 95 % interval " in said and "under               apgd on cross-entropy, linf 8/255" in said
+    )
     assert lines[1]["loss/clean"] < 1e-8 < lines[2]["loss/clean"]  # it starts as the reference
     assert lines[1]["loss/adversarial"] > 1
     assert json.loads((finished / "encoder.json").read_text())["finetuned_from"] == str(source)

@@ -77,6 +77,14 @@ def test_what_came_before_has_its_name():
     assert axis.lines[1].get_linestyle() == "--"
 
 
+def test_the_panel_says_which_attack_a_robust_accuracy_is_of():
+    attack = {"name": "fgsm", "norm": "l2", "eps_255": 127.5, "steps": 10, "restarts": 1, "random_start": True}
+    lines = [{"step": 0, "clean_top1": 0.5, "robust_top1": 0.25, "robust_images": 2000}, report(1)]
+    picture = plots.figure(lines, FARE | {"robust": {"attack": attack}})
+    (title,) = [axis.get_title() for axis in picture.axes if axis.get_ylabel() == "accuracy (%)"]
+    assert " ".join(title.split()) == "robust: under fgsm on cross-entropy, l2 127.5/255, 2,000 images"
+
+
 @pytest.mark.parametrize("first", [{"step": 4, "knn_top1": 0.25}, {"step": 0, "knn_top1": math.nan}])
 def test_there_is_no_baseline_where_none_was_measured(first):
     said = legend(axes([first, {"step": 8, "knn_top1": 0.5}], ONE)["kNN accuracy (%)"])

@@ -154,6 +154,21 @@ def test_steps_to_come_and_the_best_of_a_metric(tmp_path):
     assert cells(found, "kNN %") == ["5.0"] and cells(found, "best kNN %") == ["10.0"]
 
 
+def test_a_robust_accuracy_has_its_interval_and_its_attack(tmp_path):
+    attack = {"name": "apgd", "norm": "linf", "eps_255": 8.0, "steps": 10, "restarts": 1, "random_start": True}
+    for name, images in (("new", {"robust_images": 1000}), ("old", {})):
+        run = make_run(tmp_path / name, 2)
+        (run / "config.yaml").write_text(yaml.safe_dump({"robust": {"attack": attack}}))
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 400, "robust_top1": 0.033, **images}) + "\n")
+    make_run(tmp_path / "plain", 3)
+    found = collect([str(tmp_path)])
+    assert cells(found, "robust %") == ["3.3 (2.4 to 4.6)", "3.3", ""]
+    told = "apgd on cross-entropy, linf 8/255, 10 steps"
+    assert cells(found, "robust under") == [f"{told}, 1,000 images", told, ""]
+    assert "robust_images" not in [metric["key"] for metric in series.curves(found)["metrics"]]
+
+
 def test_durations():
     assert [duration(s) for s in (3, 119, 600, 7260, 90_000)] == ["3 s", "119 s", "10 min", "2 h 01 min", "25 h 00 min"]
 
