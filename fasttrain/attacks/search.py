@@ -76,12 +76,18 @@ class Standing:
         self.cases = cases
         self._judge = victim.judge
         everyone = torch.zeros_like(cases.labels, dtype=torch.bool)
-        self.found = Found(everyone, cases.images.clone(), everyone.clone(), everyone.clone())
-        self._rows = torch.arange(len(everyone), device=everyone.device)  # of ``found``, of those at hand
-        self._down = everyone.clone()  # of those at hand
+        self._found = Found(everyone, cases.images.clone(), everyone.clone(), everyone.clone())
+        self._rows = torch.arange(len(everyone), device=everyone.device)  # of what is found, of those at hand
+        self._down, self._bad = everyone.clone(), everyone.clone()  # of those at hand
         self._left = len(everyone)
         self._begun = False
         self._unit = max(1, -(-len(everyone) // SIZES))
+
+    @property
+    def found(self) -> Found:
+        """Of all images, so far."""
+        self._found.bad[self._rows] |= self._bad
+        return self._found
 
     @torch.no_grad()
     def strike(self, x: Tensor, scores: Tensor, within: Tensor | None = None) -> bool:
@@ -97,31 +103,38 @@ class Standing:
             if self._judge is not None:
                 judged = self._judge(x[rows])
                 rows = rows[judged.argmax(1) != self.cases.labels[rows]]
-            self.found.images[self._rows[rows]] = x[rows]
-            self.found.fell[self._rows[rows]] = True
+            self._found.images[self._rows[rows]] = x[rows]
+            self._found.fell[self._rows[rows]] = True
             self._down[rows] = True
             self._left -= len(rows)
         return not self._left
 
     def note(self, gradient: Tensor) -> None:
         """Take note of a gradient [b, 3, H, W]: whose is not finite, and whose first one is 0 everywhere."""
-        self.found.bad[self._rows] |= ~gradient.sum((1, 2, 3)).isfinite()
+        self._bad |= _not_finite(gradient.sum((1, 2, 3)))
         if not self._begun:
-            self.found.flat[self._rows] = (gradient == 0).all(3).all(2).all(1)
+            self._found.flat[self._rows] = (gradient == 0).all(3).all(2).all(1)
             self._begun = True
 
     def note_bad(self, scores: Tensor) -> None:
         """Note of which image a score of [b, C] is not finite."""
-        self.found.bad[self._rows] |= ~scores.isfinite().all(1)
+        self._bad |= _not_finite(scores.abs().amax(1))
 
     def shrink(self, *kept: Tensor) -> tuple[Tensor, ...]:
         """``kept`` [b, ...] without images that fell, but for those that fill up one of the few sizes."""
         size = -(-self._left // self._unit) * self._unit
         if size >= len(self._rows):
             return kept
+        self._found.bad[self._rows] |= self._bad
         at_hand = self._down.to(torch.uint8).argsort(stable=True)[:size].sort().values
-        self._rows, self._down, self.cases = self._rows[at_hand], self._down[at_hand], Cases(*_at(at_hand, self.cases))
+        self._rows, self._down, self._bad = _at(at_hand, (self._rows, self._down, self._bad))
+        self.cases = Cases(*_at(at_hand, self.cases))
         return _at(at_hand, kept)
+
+
+def _not_finite(x: Tensor) -> Tensor:
+    """As ``~x.isfinite()``, in half the launches."""
+    return ~(x.abs() < torch.inf)
 
 
 def _at(rows: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
