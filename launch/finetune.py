@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from fasttrain import cli, distributed, engine, export, inherited, plots
+from fasttrain.accuracies import UPPER_BOUND, attack_text, interval_text, percent
 from fasttrain.attacks import AttackConfig
 from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
-from fasttrain.accuracies import UPPER_BOUND, attack_text, interval_text, percent
 from fasttrain.evaluation.images import catalog_features, thin
 from fasttrain.evaluation.linear import LinearConfig, fit_classifier
 from fasttrain.evaluation.online import open_measured

@@ -18,12 +18,12 @@ import os
 from typing import Any, ClassVar, NamedTuple
 
 from fasttrain import cli, distributed, engine, export, inherited, plots
+from fasttrain.accuracies import percent
 from fasttrain.config import Config, PathText, Where
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain.data.catalog import Catalog, DataConfig
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
-from fasttrain.accuracies import percent
 from fasttrain.evaluation.online import EvaluateConfig, OnlineKNN, open_measured
 from fasttrain.export import ExportConfig
 from fasttrain.models import Encoder, HeadConfig, ModelConfig

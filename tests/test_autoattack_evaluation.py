@@ -194,6 +194,7 @@ def kept_of(output: Path) -> list[str]:
         ({"version": "first_two", "targets": 4}, "targets=4 is not AutoAttack's first_two version: set version=custom"),
         ({"attacks": ["square"]}, "is not AutoAttack's standard version: set version=custom"),
         ({"restarts": 2}, "restarts=2: autoattack does not use it"),
+        ({"batchnorm": "train"}, "batchnorm=train attacks another network than is evaluated: set batchnorm=eval"),
         ({"name": "apgd", "queries": 7}, "queries=7: apgd does not use it; leave it out or set name=autoattack"),
         ({"name": "pgd", "version": "first_two"}, "version=first_two: pgd does not use it"),
         ({"name": "auto"}, "'fgsm', 'pgd', 'apgd' or 'autoattack'"),
@@ -213,6 +214,12 @@ def test_steps_follow_the_attack_where_none_are_given():
     assert attack(name="autoattack").budget == STANDARD and attack(name="autoattack").settled.steps == 100
     assert attack().settled.steps == 10 and attack(name="pgd", steps=7).settled.steps == 7
     assert attack(name="autoattack", version="custom", steps=5).budget.steps == 5
+
+
+def test_when_all_have_fallen_there_is_nothing_left_to_do(network, tmp_path):
+    table = evaluated(network, tmp_path / "a.json", *SMALL[:-1], "eps_255=200")
+    assert table["standing"]["square"] == table["robust_top1"] == 0 < table["clean_top1"]
+    assert "square" not in {point.get("attack") for point in kept(tmp_path)}
 
 
 def test_few_classes_are_a_line(network, tmp_path, monkeypatch):

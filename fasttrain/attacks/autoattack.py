@@ -210,7 +210,7 @@ def autoattack(
     for stage in planned:
         hastily = faster is not None and stage.attack == "apgd-ce" and stage is not planned[-1]
         victim = Victim(faster, logits) if hastily else Victim(logits)
-        for rows in stands.nonzero()[:, 0].split(batch):
+        for rows in stands.nonzero()[:, 0].split(batch) if stands.any() else ():
             here = stage.search(victim, stage.cases(images[rows], labels[rows], keys[rows], others[rows]))
             if here.bad.any():
                 raise NotFinite(f"{stage.attack} met scores that are not finite, of {int(here.bad.sum()):,} images")

@@ -68,8 +68,6 @@ class EvaluatedAttackConfig(AttackConfig):
             raise ValueError(f"attacks=[]: give some of {', '.join(VERSIONS['standard'])}, or leave it out")
         if self.attacks is not None and len(set(self.attacks)) < len(self.attacks):
             raise ValueError(f"attacks=[{', '.join(self.attacks)}]: give each once")
-        if self.batchnorm == "train":
-            raise ValueError("batchnorm=train attacks another network than is evaluated: set batchnorm=eval")
         if self.name != "autoattack" or self.version == "custom":
             return self
         changed = {"attacks": self.attacks} if self.attacks is not None else {}
