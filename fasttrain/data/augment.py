@@ -1,6 +1,6 @@
 """What is drawn: crop boxes, flips, colour factors and blur widths as a pure function of (seed, epoch, sample, view).
 
-Nothing here touches a pixel but :func:`apply_reference`. A counter-based generator (Philox4x64-10) is asked for the
+Nothing here touches a pixel: ``fasttrain_kernels.augment`` does. A counter-based generator (Philox4x64-10) is asked for the
 block ``(block, view, sample, 0)`` under the key ``(seed, epoch)``, so a draw depends on no loader state: any batch
 composition, world size or resume point sees the same images.
 """
@@ -10,36 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import permutations
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, model_validator
 
 from fasttrain.config import Config, Where
+from fasttrain_kernels.augment.draws import Draws
+from fasttrain_kernels.augment.reference import apply_reference, blur_radius
 
 CROP_TRIES = 10
 """Boxes tried before the central fallback, as in torchvision's RandomResizedCrop."""
-
-
-class Draws(NamedTuple):
-    """What happens to n samples in V views; every field is indexed [n, V]. The colour operations come in this order:
-    the four jitter operations as ``order`` says, greyscale, blur, solarise."""
-
-    boxes: np.ndarray  # [n, V, 4] int32 (top, left, height, width), source pixels
-    flip: np.ndarray  # [n, V] bool, left-right
-    brightness: np.ndarray  # [n, V] float32 factor, 1 = none
-    contrast: np.ndarray  # [n, V] float32 factor, 1 = none
-    saturation: np.ndarray  # [n, V] float32 factor, 1 = none
-    hue: np.ndarray  # [n, V] float32 turns, 0 = none
-    order: np.ndarray  # [n, V, 4] int8 permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
-    grey: np.ndarray  # [n, V] bool
-    sigma: np.ndarray  # [n, V] float32 blur in output pixels, 0 = none
-    solarise: np.ndarray  # [n, V] bool, values >= 0.5 are inverted
-
-    def take(self, index) -> Draws:
-        """Every field indexed alike: ``take((slice(None), 1))`` is view 1 of all, ``take((3, 1))`` of one sample."""
-        return Draws(*(field[index] for field in self))
 
 
 class AugmentConfig(Config):
@@ -178,11 +159,6 @@ class CentreCrop:
         )
 
 
-def blur_radius(size: int) -> int:
-    """Half-width of the blur's kernel: SimCLR's kernel is a tenth of the image, made odd, and at least 3 taps."""
-    return max(1, size // 10 // 2)
-
-
 def philox(key: tuple[int, int], *counter: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Philox4x64-10 (Salmon et al. 2011): four words from four counter words (broadcast against each other, uint64).
 
@@ -197,40 +173,6 @@ def philox(key: tuple[int, int], *counter: np.ndarray) -> tuple[np.ndarray, np.n
         x0, x1, x2, x3 = high1 ^ x1 ^ np.uint64(k0), low1, high0 ^ x3 ^ np.uint64(k1), low0
         k0, k1 = (k0 + 0x9E3779B97F4A7C15) & _MASK, (k1 + 0xBB67AE8584CAA73B) & _MASK
     return x0, x1, x2, x3
-
-
-def apply_reference(image: np.ndarray, draws: Draws, size: int) -> np.ndarray:
-    """One view the obvious way: PIL's antialiased bilinear crop-resize, flip, then the colour operations in float64.
-
-    Args:
-        image: uint8 [H, W, 3].
-        draws: of one sample and view (``draws.take((sample, view))``).
-
-    Returns:
-        float32 [size, size, 3] in [0, 1].
-    """
-    top, left, height, width = (int(x) for x in draws.boxes)
-    box = (left, top, left + width, top + height)
-    crop = Image.fromarray(image).crop(box).resize((size, size), Image.Resampling.BILINEAR)
-    x = np.asarray(crop, np.float64) / 255
-    if draws.flip:
-        x = x[:, ::-1]
-    for operation in draws.order:
-        if operation == 0:
-            x = np.clip(x * draws.brightness, 0, 1)
-        elif operation == 1:
-            x = np.clip(draws.contrast * x + (1 - draws.contrast) * _luma(x).mean(), 0, 1)
-        elif operation == 2:
-            x = np.clip(draws.saturation * x + (1 - draws.saturation) * _luma(x), 0, 1)
-        else:
-            x = _rotate_hue(x, float(draws.hue))
-    if draws.grey:
-        x = np.repeat(_luma(x), 3, axis=2)
-    if draws.sigma > 0:
-        x = _blur(x, float(draws.sigma), blur_radius(size))
-    if draws.solarise:
-        x = np.where(x >= 0.5, 1 - x, x)
-    return x.astype(np.float32)
 
 
 _MASK = 2**64 - 1
@@ -285,30 +227,13 @@ def _retry(config: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> np.ndarra
     return np.where(fits.any(axis=0)[:, None], first, central)
 
 
-def _luma(x: np.ndarray) -> np.ndarray:
-    return x @ np.array([[0.2989], [0.587], [0.114]])
-
-
-def _rotate_hue(x: np.ndarray, turns: float) -> np.ndarray:
-    """RGB -> HSV, hue + turns, -> RGB, by the six sectors of the colour wheel."""
-    red, green, blue = x[..., 0], x[..., 1], x[..., 2]
-    value, chroma = x.max(axis=2), x.max(axis=2) - x.min(axis=2)
-    safe = np.where(chroma > 0, chroma, 1)
-    hue = np.select(
-        [value == red, value == green], [(green - blue) / safe, 2 + (blue - red) / safe], 4 + (red - green) / safe
-    )
-    hue = (hue / 6 + turns) % 1.0 * 6
-    sector = np.floor(hue).astype(int) % 6
-    fraction = hue - np.floor(hue)
-    p, q, t = value - chroma, value - chroma * fraction, value - chroma * (1 - fraction)
-    wheel = [(value, t, p), (q, value, p), (p, value, t), (p, q, value), (t, p, value), (value, p, q)]
-    return np.stack([np.choose(sector, [step[channel] for step in wheel]) for channel in range(3)], axis=2)
-
-
-def _blur(x: np.ndarray, sigma: float, radius: int) -> np.ndarray:
-    """Separable Gaussian with reflected borders (the border pixel itself not repeated)."""
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps /= taps.sum()
-    padded = np.pad(x, ((radius, radius), (radius, radius), (0, 0)), mode="reflect")
-    rows = sum(tap * padded[k : k + x.shape[0]] for k, tap in enumerate(taps))
-    return sum(tap * rows[:, k : k + x.shape[1]] for k, tap in enumerate(taps))
+__all__ = [
+    "AugmentConfig",
+    "Augmentation",
+    "CentreCrop",
+    "Draws",
+    "SimCLR",
+    "apply_reference",
+    "blur_radius",
+    "philox",
+]
