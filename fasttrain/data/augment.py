@@ -1,8 +1,8 @@
 """What is drawn: crop boxes, flips, colour factors and blur widths as a pure function of (seed, epoch, sample, view).
 
-Nothing here touches a pixel: ``fasttrain_kernels.augment`` does. A counter-based generator (Philox4x64-10) is asked for the
-block ``(block, view, sample, 0)`` under the key ``(seed, epoch)``, so a draw depends on no loader state: any batch
-composition, world size or resume point sees the same images.
+Nothing here touches a pixel: ``fasttrain_kernels.augment`` does. A counter-based generator (Philox4x64-10) is asked
+for the block ``(block, view, sample, 0)`` under the key ``(seed, epoch)``, so a draw depends on no loader state: any
+batch composition, world size or resume point sees the same images.
 """
 
 from __future__ import annotations
