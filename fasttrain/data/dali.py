@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from fasttrain.data.augment import coloured
 from fasttrain.data.damage import Bad, is_cut
 from fasttrain.data.decoder import DECODING
 from fasttrain.data.finish import make_finish
@@ -73,7 +74,7 @@ class DaliLoader(PrefetchLoader):
         on_gpu, threads = config.colours_on_gpu(device), config.thread_count()
         decoding = device if on_gpu else torch.device("cpu")
         source = DaliSource(catalog, order, augment, decoding, threads, rank, world)
-        super().__init__(source, make_finish(augment.coloured, device, threads, on_gpu), config, order)
+        super().__init__(source, make_finish(coloured(augment), device, threads, on_gpu), config, order)
 
 
 class DaliSource:

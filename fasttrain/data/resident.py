@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from fasttrain.data import Batch
+from fasttrain.data.augment import Augmentation, coloured
 from fasttrain.data.damage import Bad
 from fasttrain.data.finish import Memory, Mover
 from fasttrain.data.pixels import Pixels, file_state
@@ -31,7 +32,6 @@ from fasttrain.printable import printable
 from fasttrain_kernels.augment.cpu import augment_cpu
 
 if TYPE_CHECKING:
-    from fasttrain.data.augment import Augmentation
     from fasttrain.data.catalog import Catalog
     from fasttrain.data.loader import LoaderConfig
     from fasttrain.data.order import Order
@@ -129,7 +129,7 @@ class _OnCpu:
 
     def __init__(self, pixels: Pixels, augment: Augmentation, threads: int, device: torch.device) -> None:
         self._pixels, self._data, self._size = pixels, pixels.data.numpy(), augment.size
-        self._type = np.float32 if augment.coloured else np.uint8
+        self._type = np.float32 if coloured(augment) else np.uint8
         self._workers, self._memory, self._move = Workers(threads), Memory(), Mover(device)
 
     def __call__(self, decoded: Decoded) -> Batch:
@@ -155,7 +155,7 @@ class _OnGpu:
 
     def __init__(self, pixels: Pixels, augment: Augmentation, threads: int, device: torch.device) -> None:
         self._pixels, self._size, self._device, self._move = pixels, augment.size, device, Mover(device)
-        self._type = torch.float32 if augment.coloured else torch.uint8
+        self._type = torch.float32 if coloured(augment) else torch.uint8
 
     def __call__(self, decoded: Decoded) -> Batch:
         from fasttrain_kernels.augment import augment_gpu, packed
