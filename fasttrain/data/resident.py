@@ -53,6 +53,7 @@ class ResidentLoader(PrefetchLoader):
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        config.colours_on_gpu(device)  # refuses what the device cannot do
         source = ResidentSource(catalog, order, augment, pixels, rank, world)
         finish = _OnGpu if device.type == "cuda" else _OnCpu
         super().__init__(source, finish(pixels, augment, config.thread_count(), device), config, order)

@@ -21,7 +21,7 @@ import numpy as np
 from fasttrain_kernels.caches import private_folder
 
 _POLL = 0.05  # seconds between two looks at whether another process is done
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _SELF = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def host_memory() -> int:
@@ -119,7 +119,7 @@ def _limits() -> list[tuple[int, int]]:
     """(limit, used) in bytes of the control groups around this process; what the file cache could give back is free."""
     found = []
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in _SELF.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers in ("", "memory"):
                 root = _CGROUPS / controllers
