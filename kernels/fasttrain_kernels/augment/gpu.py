@@ -1,4 +1,4 @@
-"""The views of a batch where its pixels are: Triton's kernel on a GPU that compiles it, PyTorch's operations elsewhere."""
+"""The views of a batch where its pixels are: by Triton on a GPU that compiles it, by PyTorch's operations elsewhere."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _trial(impl: str, device: str = "cuda") -> Iterator[Tensor]:
         augment = augment_batched
     views, size = 2, 40
     random = np.random.default_rng(0)
-    sizes = np.int32([[50, 30], [33, 90], [40, 40], [7, 140], [40, 41]])
+    sizes = np.int32([[50, 30], [7, 90], [40, 40]])
     n = len(sizes)
     starts = np.concatenate([[0], np.cumsum(3 * sizes.prod(1, dtype=np.int64))])
     corner = random.integers(0, sizes[:, None] // 2 + np.zeros((1, views, 1), int))
