@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from itertools import permutations
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,15 +29,16 @@ from tests.launches import as_on_a_gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-IMAGES = [(23, 31), (5, 9), (17, 17), (1, 40)]
+IMAGES = [(23, 31), (5, 9), (1, 40)]
 SIZES = (6, 17, 33)
 COLOURED = AugmentConfig(views=2, grey=0.5, solarise=0.4, blur=0.6, jitter_p=0.9)
 
 
 def by_triton(*arguments) -> None:
-    from fasttrain_kernels.augment.triton import augment_triton
+    from fasttrain_kernels.augment import triton
 
-    augment_triton(*arguments)
+    with mock.patch.object(triton, "TILE", 1024 if INTERPRETED else triton.TILE):  # it takes its time for each block
+        triton.augment_triton(*arguments)
 
 
 needs_triton = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU or TRITON_INTERPRET=1")
@@ -75,7 +77,7 @@ def source() -> Source:
     images = [random.integers(0, 256, (*size, 3), np.uint8) for size in IMAGES]
     sizes = np.array([image.shape[:2] for image in images])
     draws = SimCLR(COLOURED, 12).draw(0, np.arange(len(IMAGES)), sizes)
-    draws.boxes[0, 0], draws.boxes[3, 1] = (0, 0, *sizes[0]), (0, 0, *sizes[3])
+    draws.boxes[0, 0], draws.boxes[2, 1] = (0, 0, *sizes[0]), (0, 0, *sizes[2])
     return Source(images, draws)
 
 
@@ -181,7 +183,7 @@ def test_as_the_cpu_s_kernels(augment):
 
 @every_form
 def test_one_image_and_what_lies_beside_it(augment):
-    np.testing.assert_array_equal(views(augment, 17, count=1), views(augment, 17)[:, :1])
+    np.testing.assert_array_equal(views(augment, 6, count=1), views(augment, 6)[:, :1])
 
 
 @needs_triton
@@ -193,8 +195,8 @@ def test_triton_s_crop_is_the_batched_one_to_the_bit():
 
 @pytest.mark.skipif(INTERPRETED, reason="notes what would be launched")
 def test_a_batch_is_one_launch_without_a_wait():
-    levels, table = torch.zeros(2, 4, 9, 9, 3, dtype=torch.uint8), torch.from_numpy(packed(source().draws))
-    images = torch.zeros(10_000, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), torch.zeros(4, 2).int()
+    levels, table = torch.zeros(2, 3, 9, 9, 3, dtype=torch.uint8), torch.from_numpy(packed(source().draws))
+    images = torch.zeros(10_000, dtype=torch.uint8), torch.zeros(3, dtype=torch.long), torch.zeros(3, 2).int()
     for pixels, out in ((images, levels.float()), (images, levels), ((levels, None, None), levels.float())):
         with as_on_a_gpu() as watch:
             augment_gpu(*pixels, table, out)

@@ -85,25 +85,28 @@ def _crop(source, across, drawn, levels, SIZE: tl.constexpr, SIDE: tl.constexpr,
     """``source`` uint8 [., across, 3] -> ``levels`` uint8 [SIZE, SIZE, 3]."""
     top, left = tl.load(drawn + TOP), tl.load(drawn + LEFT)
     height, width = tl.load(drawn + HEIGHT), tl.load(drawn + WIDTH)
-    flips = (tl.load(drawn + FLAGS) >> FLIP) & 1
+    reach_y, reach_x = 2 * tl.maximum(height, SIZE), 2 * tl.maximum(width, SIZE)
     source += 3 * (top * across + left)
     x = tl.arange(0, SIDE)
     seen = tl.minimum(x, SIZE - 1)[None, :]
-    centre_x, first_x, sum_x = _triangle(tl.where(flips != 0, SIZE - 1 - seen, seen), width, SIZE)
+    flips = (tl.load(drawn + FLAGS) >> FLIP) & 1
+    centre_x, first_x, sum_x = _triangle(tl.where(flips != 0, SIZE - 1 - seen, seen), width, reach_x, SIZE)
     for begin in range(0, SIZE, ROWS):
         y = begin + tl.arange(0, ROWS)
-        centre_y, first_y, sum_y = _triangle(tl.minimum(y, SIZE - 1)[:, None], height, SIZE)
-        red, green, blue = _zeros(ROWS, SIDE), _zeros(ROWS, SIDE), _zeros(ROWS, SIDE)
-        for j in range(_most(width, SIZE)):
+        centre_y, first_y, sum_y = _triangle(tl.minimum(y, SIZE - 1)[:, None], height, reach_y, SIZE)
+        red = tl.zeros((ROWS, SIDE), tl.float32)
+        green, blue = red, red
+        for j in range(tl.cdiv(reach_x, SIZE)):
             at_x = 3 * tl.minimum(first_x + j, width - 1)
-            r, g, b = _zeros(ROWS, SIDE), _zeros(ROWS, SIDE), _zeros(ROWS, SIDE)
-            for k in range(_most(height, SIZE)):
+            r = tl.zeros((ROWS, SIDE), tl.float32)
+            g, b = r, r
+            for k in range(tl.cdiv(reach_y, SIZE)):
                 at = source + (3 * across * tl.minimum(first_y + k, height - 1) + at_x)
-                weight = _weight(first_y + k, centre_y, height, SIZE).to(tl.float32)
+                weight = _weight(first_y + k, centre_y, height, reach_y, SIZE).to(tl.float32)
                 r += weight * tl.load(at).to(tl.float32)
                 g += weight * tl.load(at + 1).to(tl.float32)
                 b += weight * tl.load(at + 2).to(tl.float32)
-            weight = _weight(first_x + j, centre_x, width, SIZE).to(tl.float32)
+            weight = _weight(first_x + j, centre_x, width, reach_x, SIZE).to(tl.float32)
             red += weight * r
             green += weight * g
             blue += weight * b
@@ -115,34 +118,21 @@ def _crop(source, across, drawn, levels, SIZE: tl.constexpr, SIDE: tl.constexpr,
 
 
 @triton.jit
-def _reach(length, SIZE: tl.constexpr):
-    """Half the triangle's width."""
-    return 2 * tl.maximum(length, SIZE)
-
-
-@triton.jit
-def _most(length, SIZE: tl.constexpr):
-    """Input pixels under a triangle, at most."""
-    return (_reach(length, SIZE) + SIZE - 1) // SIZE
-
-
-@triton.jit
-def _triangle(i, length, SIZE: tl.constexpr):
-    """Of output pixel i: the middle of its triangle, from that of input pixel 0; the first input pixel under it; and
-    the sum of all weights."""
+def _triangle(i, length, reach, SIZE: tl.constexpr):
+    """Of output pixel i: the middle of its triangle of half-width ``reach``, from that of input pixel 0; the first
+    input pixel under it; and the sum of the weights there."""
     centre = length * (2 * i + 1) - SIZE
-    first = tl.maximum(centre + 2 * SIZE - _reach(length, SIZE), 0) // (2 * SIZE)
+    first = tl.maximum(centre + 2 * SIZE - reach, 0) // (2 * SIZE)
     total = tl.zeros_like(first)
-    for k in range(_most(length, SIZE)):
-        total += _weight(first + k, centre, length, SIZE)
+    for k in range(tl.cdiv(reach, SIZE)):
+        total += _weight(first + k, centre, length, reach, SIZE)
     return centre, first, total
 
 
 @triton.jit
-def _weight(tap, centre, length, SIZE: tl.constexpr):
+def _weight(tap, centre, length, reach, SIZE: tl.constexpr):
     """Of input pixel ``tap``, 0 where there is none."""
-    weight = tl.maximum(_reach(length, SIZE) - tl.abs(2 * SIZE * tap - centre), 0)
-    return tl.where(tap < length, weight, 0)
+    return tl.where(tap < length, tl.maximum(reach - tl.abs(2 * SIZE * tap - centre), 0), 0)
 
 
 @triton.jit
@@ -167,7 +157,7 @@ def _colour(
         before = 0  # operations that come before contrast
         while (flags >> (ORDER + 2 * before)) & 3 != 1:
             before += 1
-        total = _zeros(ROWS, SIDE)
+        total = tl.zeros((ROWS, SIDE), tl.float32)
         for begin in range(0, SIZE, ROWS):
             at, inside = _places(begin + tl.arange(0, ROWS), x, SIZE)
             red, green, blue = _read(levels + at, inside)
@@ -287,11 +277,6 @@ def _blur(target, base, place, inside, STRIDE: tl.constexpr, sigma, inverts, SIZ
 
 
 # Blocks ------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, SIDE: tl.constexpr):
-    return tl.zeros((ROWS, SIDE), tl.float32)
 
 
 @triton.jit
