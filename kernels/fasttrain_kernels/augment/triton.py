@@ -4,8 +4,8 @@
 
     crop, resize, flip -> bytes        the last quarter of the view's part (of uint8 views: the part itself)
     (contrast) mean luma of those bytes
-    bytes -> colours -> float32        a block of rows at a time; in front of what is not read yet, for 4 < 3 + 1
-             `- blur along the row
+    bytes -> colours -> float32        a block of rows at a time, which never reaches the bytes that are not read yet
+             `- blur along the rows
     (blur) along the columns           a strip of columns at a time
 
 A blur's values replace those that it is made of: a block of them is summed whole before it is written.
@@ -154,9 +154,9 @@ def _colour(
     sigma, solarise = tl.load(factors + SIGMA), (flags >> SOLARISE) & 1
     mean = 0.0
     if tl.load(factors + CONTRAST) != 1:
-        before = 0  # operations that come before contrast
-        while (flags >> (ORDER + 2 * before)) & 3 != 1:
-            before += 1
+        before = 0  # operations that come before contrast; they leave 0 what is 0
+        for slot in tl.static_range(1, 4):
+            before = tl.where((flags >> (ORDER + 2 * slot)) & 3 == CONTRAST - BRIGHTNESS, slot, before)
         total = tl.zeros((ROWS, SIDE), tl.float32)
         for begin in range(0, SIZE, ROWS):
             at, inside = _places(begin + tl.arange(0, ROWS), x, SIZE)
