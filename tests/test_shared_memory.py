@@ -104,7 +104,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     ("group", "files"),
     [
         ("0::/job/step", {"job/memory.max": "3000000", "job/memory.current": "2000000", "job/step/memory.max": "max"}),
-        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": "3000000", "memory/job/memory.usage_in_bytes": "2000000"}),
+        ("4:memory:/j", {"memory/j/memory.limit_in_bytes": "3000000", "memory/j/memory.usage_in_bytes": "2000000"}),
         ("0::/", {"memory.max": "3000000", "memory.current": "2000000"}),
     ],
     ids=["version 2", "version 1", "inside a container"],

@@ -30,6 +30,8 @@ from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
 from fasttrain.errors import UsageError
 from fasttrain.printable import printable
 from fasttrain_kernels.augment.cpu import augment_cpu
+from fasttrain_kernels.augment.draws import packed
+from fasttrain_kernels.augment.gpu import augment_gpu
 
 if TYPE_CHECKING:
     from fasttrain.data.catalog import Catalog
@@ -159,8 +161,6 @@ class _OnGpu:
         self._type = torch.float32 if coloured(augment) else torch.uint8
 
     def __call__(self, decoded: Decoded) -> Batch:
-        from fasttrain_kernels.augment import augment_gpu, packed
-
         with self._move.stream():
             drawn = (self._pixels.starts[decoded.ids], self._pixels.sizes[decoded.ids], packed(decoded.draws))
             starts, sizes, table = (self._move.tensor(torch.from_numpy(array)) for array in drawn)
