@@ -16,7 +16,7 @@ from fasttrain.data.augment import AugmentConfig, CentreCrop, SimCLR, apply_refe
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
 from fasttrain.data.order import Order
-from fasttrain.data.resident import ResidentLoader
+from fasttrain.data.resident import FusedOnCpu, FusedOnGpu, ResidentLoader, ResidentSource
 from fasttrain.errors import UsageError
 from tests.test_dali import assert_equal, batches, encode, photograph
 
@@ -108,6 +108,23 @@ def test_images_are_ffcvs_to_the_bit(loaders, tmp_path, mode, changes):
     assert beton.fingerprint == catalog.fingerprint
     if mode == "raw":  # the pixels that DALI decoded: the folder's own
         assert_equal(batches(loaders(catalog, order, simclr(**changes)), 0, 7), ffcvs)
+
+
+@pytest.mark.parametrize("changes", [PLAIN, {}], ids=["crops", "colours"])
+def test_a_gpus_way_makes_the_same_batches(images, changes):
+    """On a CPU it is the batched form that makes them."""
+    catalog, augment = catalog_of(images), simclr(**changes)
+    order = Order(catalog.indices, 0, 8)
+    pixels = resident.resident_pixels(LoaderConfig(kind="resident"), catalog, order, CPU)
+    source = ResidentSource(catalog, order, augment, pixels)
+    source.seek(0, None)
+    decoded = source.produce(0)
+    ours, theirs = (finish(pixels, augment, 1, CPU)(decoded) for finish in (FusedOnCpu, FusedOnGpu))
+    assert ours.images.dtype == theirs.images.dtype and ours.images.stride() == theirs.images.stride()
+    grey = 1 if ours.images.dtype == torch.uint8 else 255
+    difference = grey * abs(ours.images.float() - theirs.images.float())
+    assert (difference > 0.01).float().mean() < 1e-3 and difference.mean() < 0.01
+    assert torch.equal(ours.index, theirs.index) and torch.equal(ours.labels, theirs.labels)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -65,6 +65,15 @@ def test_with_the_last_of_them_it_is_gone(start):
         process.wait()
 
 
+def test_nothing_is_said_of_what_nobody_has(start, tmp_path):
+    process = start()
+    assert [process.stdout.readline() for _ in range(2)] == ["filled\n", "has it\n"]
+    process.kill()
+    process.wait()
+    assert start("other").stdout.readline() == "filled\n"
+    assert [path.name for path in tmp_path.rglob("shared-*")] == ["shared-other"]
+
+
 def test_one_that_was_killed_half_way_leaves_nothing(start):
     process = start(seconds=60)
     assert process.stdout.readline() == "filled\n"

@@ -57,7 +57,7 @@ class ResidentLoader(PrefetchLoader):
     ) -> None:
         config.colours_on_gpu(device)  # refuses what the device cannot do
         source = ResidentSource(catalog, order, augment, pixels, rank, world)
-        finish = _OnGpu if device.type == "cuda" else _OnCpu
+        finish = FusedOnGpu if device.type == "cuda" else FusedOnCpu
         super().__init__(source, finish(pixels, augment, config.thread_count(), device), config, order)
 
 
@@ -127,7 +127,7 @@ class ResidentSource:
             )
 
 
-class _OnCpu:
+class FusedOnCpu:
     """The fused kernel, slices of the batch on several threads: a :class:`~fasttrain.data.prefetch.Finish`."""
 
     def __init__(self, pixels: Pixels, augment: Augmentation, threads: int, device: torch.device) -> None:
@@ -153,7 +153,7 @@ class _OnCpu:
         self._workers.close()
 
 
-class _OnGpu:
+class FusedOnGpu:
     """The fused kernel on a stream of its own: a :class:`~fasttrain.data.prefetch.Finish`."""
 
     def __init__(self, pixels: Pixels, augment: Augmentation, threads: int, device: torch.device) -> None:
@@ -172,4 +172,4 @@ class _OnGpu:
     def close(self) -> None: ...
 
 
-__all__ = ["ResidentLoader", "ResidentSource"]
+__all__ = ["FusedOnCpu", "FusedOnGpu", "ResidentLoader", "ResidentSource"]
