@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -56,7 +57,7 @@ def work(folder, tmp_path) -> Work:
 
 
 def of(catalog: Catalog, scratch: Path, beton: Catalog | None = None, batch: int = 8) -> Work:
-    return Work(catalog, catalog.indices[::2], batch, 1, CPU, scratch, beton)
+    return Work(replace(catalog, indices=catalog.indices[::2]), batch, 1, CPU, scratch, beton)
 
 
 def config(root: Path, **given) -> LoaderBenchConfig:
@@ -99,11 +100,12 @@ def test_who_cannot_be_imported_or_fails_is_named_and_the_others_run(folder, mon
     def done(work, augment):
         return lambda: iter([[torch.zeros(4, 3, 16, 16, dtype=torch.uint8)] * 2] * 3)
 
-    monkeypatch.setitem(sys.modules, "lightly", None)
+    for absent in ("lightly", "solo"):
+        monkeypatch.setitem(sys.modules, absent, None)
     monkeypatch.setitem(PEERS, "kornia", stub(small)._replace(title="small"))
-    monkeypatch.setitem(PEERS, "solo_learn", stub(fails)._replace(title="fails"))
+    monkeypatch.setitem(PEERS, "dali", stub(fails)._replace(title="fails"))
     monkeypatch.setitem(PEERS, "torchvision", stub(done, "json")._replace(title="done"))
-    peers = ("torchvision", "kornia", "lightly", "solo_learn", "ffcv")
+    peers = ("torchvision", "kornia", "lightly", "solo_learn", "solo_learn_dali", "dali", "ffcv")
     *_, report = compare_loaders(config(folder, loaders=("dali", "ffcv"), peers=peers), 2)
     assert [row["name"] for row in report.rows] == [
         f"{who}, {what}" for what in ("all", "crop and flip") for who in ("fasttrain dali", "done")
@@ -112,12 +114,13 @@ def test_who_cannot_be_imported_or_fails_is_named_and_the_others_run(folder, mon
     missing = report.text.partition("\n\n")[2].splitlines()
     assert [line.partition(": left out, ")[0] for line in missing] == [
         "- lightly",
+        "- solo-learn; solo-learn, DALI",
         "- fasttrain ffcv, all; bare FFCV, all; fasttrain ffcv, crop and flip; bare FFCV, crop and flip",
         "- small, all; small, crop and flip",
         "- fails, all; fails, crop and flip",
     ]
-    for line, reason in zip(missing, ("(pip install lightly)", "beton=…", "(3, 8, 8)", "IndexError: "), strict=True):
-        assert reason in line
+    reasons = ("(pip install lightly)", "(pip install git+", "beton=…", "(3, 8, 8)", "IndexError: ")
+    assert all(reason in line for line, reason in zip(missing, reasons, strict=True))
 
 
 def test_a_loader_that_was_asked_for_must_run(folder, beton):
@@ -157,7 +160,7 @@ def test_a_peer_gives_each_image_once_in_views_that_differ(name, augment, folder
     epoch = peer.build(work, settings)
     for _ in range(2):
         batches = [[view.clone() for view in views] for views in epoch()]
-        assert sum(len(views[0]) for views in batches) == len(work.ids) == 32
+        assert sum(len(views[0]) for views in batches) == len(work.catalog.indices) == 32
         for first, second in batches:
             assert first.shape == second.shape == (8, 3, 16, 16) and not torch.equal(first, second)
             whole = first.dtype == torch.uint8
@@ -207,9 +210,9 @@ def test_arrays_are_loaded_as_files_are(tmp_path):
 
 def test_files_are_linked_and_decoded(work):
     links = sorted(work.folder.glob("*/*"))
-    assert {str(link.resolve()) for link in links} == {work.catalog.path(index) for index in work.ids}
+    assert {str(link.resolve()) for link in links} == {work.catalog.path(index) for index in work.catalog.indices}
     assert {link.parent.name for link in links} == {"000000", "000001", "000002"}
-    first = np.asarray(Image.open(work.catalog.path(work.ids[0])).convert("RGB"))
+    first = np.asarray(Image.open(work.catalog.path(work.catalog.indices[0])).convert("RGB"))
     assert work.pixels.shape == (32, 3, 24, 20) and (work.pixels[0].permute(1, 2, 0).numpy() == first).all()
 
 
@@ -217,7 +220,7 @@ def test_images_of_several_sizes_are_no_tensor(tmp_path):
     for number, side in enumerate((20, 30)):
         Image.new("RGB", (side, 20)).save(tmp_path / f"{number}.png")
     catalog = open_catalog(DataConfig(root=str(tmp_path)), "train")
-    work = Work(catalog, catalog.indices, 2, 1, CPU, tmp_path / "scratch", None)
+    work = Work(catalog, 2, 1, CPU, tmp_path / "scratch", None)
     with pytest.raises(UsageError, match="the images have 2 sizes"):
         _ = work.pixels
 

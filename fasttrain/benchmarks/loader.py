@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from fasttrain.benchmarks.loader_peers import PEERS, PeerName, reason
+from fasttrain.benchmarks.loader_peers import Peer, PeerName, importable, reason
 from fasttrain.benchmarks.loader_work import Epoch, Work
 from fasttrain.benchmarks.timing import Report, alternate, table
 from fasttrain.config import Config, PathText
@@ -59,17 +59,14 @@ def compare_loaders(config: LoaderBenchConfig, rounds: int) -> Iterator[Report]:
         runs: dict[str, Callable[[], int]] = {}
         closing.callback(runs.clear)  # the threads and processes of others end with them
         gives: dict[str, str] = {}
-        missing: dict[str, list[str]] = defaultdict(list)  # why -> who
-        for name, build, needed in _candidates(config, work, closing, missing):
+        peers, missing = importable(config.peers)
+        for name, build, needed in _candidates(config, work, peers, closing):
             try:
-                epoch = build()
-                gives[name] = first_batch(epoch, config.augment)
+                runs[name], gives[name] = _contestant(build, config.augment, work.device)
             except Exception as error:
                 if needed:
                     raise
                 missing[reason(error)].append(name)
-            else:
-                runs[name] = partial(_go_through, epoch, work.device)
         absent = [f"{'; '.join(names)}: left out, {why}" for why, names in missing.items()]
         if not runs:
             raise UsageError("; ".join(["nobody can load this", *absent]))
@@ -92,17 +89,14 @@ def _work(config: LoaderBenchConfig, scratch: Path) -> Work:
     count = min(len(usable), config.batch * config.batches)
     ids = np.sort(np.random.default_rng(0).choice(usable, count, replace=False))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Work(whole, ids, config.batch, config.loader.thread_count(), device, scratch, beton)
+    catalog = replace(whole, indices=ids, fingerprint="")
+    return Work(catalog, config.batch, config.loader.thread_count(), device, scratch, beton)
 
 
 def _candidates(
-    config: LoaderBenchConfig, work: Work, closing: ExitStack, missing: dict[str, list[str]]
+    config: LoaderBenchConfig, work: Work, peers: Iterable[Peer], closing: ExitStack
 ) -> Iterator[tuple[str, Callable[[], Epoch], bool]]:
-    """Each one's name, how to build it, and whether it must do; to ``missing`` go those that cannot be imported."""
-    peers = [PEERS[name] for name in config.peers]
-    lacking = {peer.title: why for peer in peers if (why := peer.lacking())}
-    for title, why in lacking.items():
-        missing[why].append(title)
+    """Each one's name, how to build it, and whether that must succeed."""
     asked = () if config.loader.kind == "auto" else (config.loader.kind,)
     plain = config.augment.model_copy(update={"jitter_p": 0.0, "grey": 0.0, "blur": 0.0, "solarise": 0.0})
     for extent, augment in {"all": config.augment, "crop and flip": plain}.items():
@@ -110,30 +104,32 @@ def _candidates(
             needed = not config.loaders and kind in asked
             yield f"fasttrain {kind}, {extent}", partial(_ours, config.loader, kind, work, augment, closing), needed
         for peer in peers:
-            if peer.title not in lacking:
-                yield f"{peer.title}, {extent}", partial(peer.build, work, augment), False
+            yield f"{peer.title}, {extent}", partial(peer.build, work, augment), False
 
 
 def _ours(config: LoaderConfig, kind: Kind, work: Work, augment: AugmentConfig, closing: ExitStack) -> Epoch:
     loader = LoaderConfig(**config.model_dump() | {"kind": kind})
     catalog = work.require_beton() if kind == "ffcv" else work.catalog
-    order = Order(work.ids, 0, work.batch, drop_last=False)
+    order = Order(work.catalog.indices, 0, work.batch, drop_last=False)
     reader = make_loader(loader, catalog, order, SimCLR(augment, 0), work.device)
     closing.callback(reader.close)
     return lambda: (batch.images for batch in reader.iterate())
 
 
-def first_batch(epoch: Epoch, augment: AugmentConfig) -> str:
-    """What the views are.
+def _contestant(
+    build: Callable[[], Epoch], augment: AugmentConfig, device: torch.device
+) -> tuple[Callable[[], int], str]:
+    """How it goes through an epoch, and what its views are.
 
     Raises:
         UsageError: they are not as many, or not as large, as they should be.
     """
+    epoch = build()
     views = next(iter(epoch()), ())
     shapes = [tuple(view.shape[1:]) for view in views]
     if shapes != [(3, augment.size, augment.size)] * augment.views:
         raise UsageError(f"its first batch has views of {shapes}")
-    return str(views[0].dtype).removeprefix("torch.")
+    return partial(_go_through, epoch, device), str(views[0].dtype).removeprefix("torch.")
 
 
 def _go_through(epoch: Epoch, device: torch.device) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -164,7 +165,7 @@ def solo_learn_dali(work: Work, augment: AugmentConfig) -> Epoch:
         model_batch_size=work.batch,
         model_rank=0,
         model_device=work.device,
-        dataset_size=len(work.ids),
+        dataset_size=len(work.catalog.indices),
         pipelines=pipeline,
         output_map=[*(f"large{view}" for view in range(augment.views)), "label"],
         reader_name="Reader",
@@ -173,7 +174,7 @@ def solo_learn_dali(work: Work, augment: AugmentConfig) -> Epoch:
     )
 
     endless = (views for _ in itertools.count() for _, views, _ in batches)  # one that is left unfinished goes on
-    return lambda: itertools.islice(endless, len(work.ids) // work.batch)
+    return lambda: itertools.islice(endless, len(work.catalog.indices) // work.batch)
 
 
 def solo_learn_settings(augment: AugmentConfig) -> Any:
@@ -206,7 +207,7 @@ def bare_dali(work: Work, augment: AugmentConfig) -> Epoch:
     from nvidia.dali import fn, pipeline_def, types
 
     work.require_files()
-    files = [work.catalog.path(index) for index in work.ids]
+    files = [work.catalog.path(index) for index in work.catalog.indices]
     if odd := next((path for path in files if path != path.encode(errors="replace").decode()), None):
         raise UsageError(f"'{odd}' is not UTF-8, and DALI's own reader opens no other names: rename it, or link to it")
     gpu = work.device.type == "cuda"
@@ -287,7 +288,7 @@ def bare_ffcv(work: Work, augment: AugmentConfig) -> Epoch:
         batch_size=work.batch,
         num_workers=work.threads,
         order=OrderOption.RANDOM,
-        indices=np.searchsorted(beton.indices, work.ids),
+        indices=np.searchsorted(beton.indices, work.catalog.indices),
         os_cache=True,
         drop_last=False,
         pipelines=pipelines,
@@ -319,3 +320,14 @@ PEERS: dict[PeerName, Peer] = {
     "dali": Peer("bare DALI", bare_dali, ("nvidia.dali",), DALI),
     "ffcv": Peer("bare FFCV", bare_ffcv, ("ffcv.loader",), "pip install -e '.[ffcv]', after its system packages"),
 }
+
+
+def importable(names: Iterable[PeerName]) -> tuple[list[Peer], dict[str, list[str]]]:
+    """Those that can be imported; why others cannot, and who."""
+    found, missing = [], defaultdict(list)
+    for peer in map(PEERS.__getitem__, names):
+        if why := peer.lacking():
+            missing[why].append(peer.title)
+        else:
+            found.append(peer)
+    return found, missing

@@ -27,8 +27,7 @@ Epoch = Callable[[], Iterator[Sequence[Tensor]]]
 class Work:
     """What every contestant loads."""
 
-    catalog: Catalog
-    ids: np.ndarray  # [n] of the catalogue
+    catalog: Catalog  # of these images alone
     batch: int
     threads: int  # or worker processes
     device: torch.device
@@ -39,9 +38,9 @@ class Work:
     def folder(self) -> Path:
         """The images, and no others, as links <label>/<id>.jpg; what they are is read from their content."""
         self._require_images()
-        for label in np.unique(self.catalog.labels[self.ids]):
+        for label in np.unique(self.catalog.labels[self.catalog.indices]):
             (self.scratch / f"{label:06}").mkdir()
-        for index in self.ids:
+        for index in self.catalog.indices:
             link = self.scratch / f"{self.catalog.labels[index]:06}" / f"{index:09}.jpg"
             link.symlink_to(Path(self.catalog.path(index)).absolute())
         return self.scratch
@@ -51,7 +50,7 @@ class Work:
         """The images, decoded: uint8 [n, 3, H, W] on the device."""
         self._require_images()
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(self._decode, self.ids))
+            images = list(pool.map(self._decode, self.catalog.indices))
         if len(sizes := {image.shape for image in images}) > 1:
             raise UsageError(f"its batch is one tensor, and the images have {len(sizes):,} sizes")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(self.device)
@@ -60,7 +59,9 @@ class Work:
         """As torchvision's ImageFolder and CIFAR10 give them: a PIL image, ``transform``ed, and its label."""
         if not self.catalog.encoded:
             self._require_images()
-            return _Pixels(self.catalog.pixels[self.ids], self.catalog.labels[self.ids], transform)
+            return _Pixels(
+                self.catalog.pixels[self.catalog.indices], self.catalog.labels[self.catalog.indices], transform
+            )
         from torchvision.datasets import ImageFolder
 
         return ImageFolder(str(self.folder), transform)
