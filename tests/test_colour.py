@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.data import colour
 from fasttrain.data.augment import AugmentConfig, Draws, SimCLR, apply_reference, blur_radius
+from fasttrain_kernels.augment.cpu import colour_cpu
 
 SIZES = (8, 9, 37, 64)
 
@@ -43,7 +44,7 @@ def by_reference(images: np.ndarray, draws: Draws) -> np.ndarray:
 
 def by_numpy(images: np.ndarray, draws: Draws) -> np.ndarray:
     out = np.full(images.shape, np.nan, np.float32)
-    colour.apply_numpy(images, draws, out)
+    colour_cpu(images, draws, out)
     return out
 
 

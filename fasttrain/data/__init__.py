@@ -1,4 +1,4 @@
-"""Images on disk -> batches on the device: catalog, order, augment, and the two loaders."""
+"""Images on disk -> batches on the device: catalog, order, augment, and the loaders."""
 
 from __future__ import annotations
 

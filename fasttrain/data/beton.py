@@ -248,6 +248,19 @@ def decode_payload(data, sample, pixels):
 
 
 @jit
+def decode_samples(data, samples, starts, out):
+    """Samples into ``out`` from ``starts`` on; returns for each whether it has its size and decodes."""
+    sound = np.zeros(len(samples), np.bool_)
+    for n in range(len(samples)):
+        nbytes = 3 * samples[n].height * samples[n].width
+        pixels = out[starts[n] : starts[n] + nbytes]
+        sound[n] = has_size(data, samples[n]) and decode_payload(data, samples[n], pixels)
+        if sound[n] and not samples[n].jpeg:
+            pixels[:] = data[samples[n].start : samples[n].start + nbytes]
+    return sound
+
+
+@jit
 def _is_sound(data, samples, n):
     """Whether sample ``n`` has its size and decodes."""
     if not has_size(data, samples[n]):

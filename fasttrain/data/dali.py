@@ -31,8 +31,10 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from fasttrain.data.augment import coloured
 from fasttrain.data.damage import Bad, is_cut
 from fasttrain.data.decoder import DECODING
+from fasttrain.data.finish import make_finish
 from fasttrain.data.header import header_size
 from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
 from fasttrain.data.verify import examine
@@ -69,8 +71,10 @@ class DaliLoader(PrefetchLoader):
     ) -> None:
         if catalog.beton is not None:
             raise UsageError(f"loader.kind=dali cannot read '{catalog.beton}': set loader.kind=ffcv")
-        source = DaliSource(catalog, order, augment, device, config.thread_count(), rank, world)
-        super().__init__(source, config, order, device)
+        on_gpu, threads = config.colours_on_gpu(device), config.thread_count()
+        decoding = device if on_gpu else torch.device("cpu")
+        source = DaliSource(catalog, order, augment, decoding, threads, rank, world)
+        super().__init__(source, make_finish(coloured(augment), device, threads, on_gpu), config, order)
 
 
 class DaliSource:

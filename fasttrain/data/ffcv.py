@@ -6,7 +6,7 @@
     `─ a batch ahead ──´    `──────────── slices of the batch, without the GIL ─────´
 
 FFCV's own ``Loader`` is not used: its order is its own, its augmentations are not seeded, it decodes an image once a
-view, and its crop-resize (OpenCV's INTER_AREA) hardly interpolates where it enlarges, which :func:`_crop_resize`,
+view, and its crop-resize (OpenCV's INTER_AREA) hardly interpolates where it enlarges, which ``fasttrain_kernels``'s,
 antialiased bilinear like torchvision's, does. Nor are its memory managers: they keep a Python set for each sample and
 change a type object that all of numba shares (functions compiled before are no longer found).
 
@@ -24,11 +24,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fasttrain.data.augment import coloured
 from fasttrain.data.beton import Beton, decode_payload, has_size, jit, open_beton
 from fasttrain.data.catalog import Catalog
 from fasttrain.data.damage import Bad
+from fasttrain.data.finish import make_finish
 from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
 from fasttrain.errors import UsageError
+from fasttrain_kernels.augment.crop import crop_memory, crop_view
 
 if TYPE_CHECKING:
     from fasttrain.data.augment import Augmentation, Draws
@@ -60,7 +63,8 @@ class FfcvLoader(PrefetchLoader):
             )
         beton = open_beton(catalog.beton)
         source = FfcvSource(beton, order, augment, config.thread_count(), rank, world)
-        super().__init__(source, config, order, device)
+        finish = make_finish(coloured(augment), device, config.thread_count(), config.colours_on_gpu(device))
+        super().__init__(source, finish, config, order)
 
 
 class FfcvSource:
@@ -152,102 +156,26 @@ def _decode_views(data, samples, boxes, flip, first, last, views, damaged):
 
     One whose payload is not of the size in the file's tables, for which its boxes are drawn, is damaged.
     """
-    size = views.shape[2]
-    longest, largest = size, 0
+    longest, largest = 1, 0
     for n in range(first, last):
         damaged[n] = not has_size(data, samples[n])
         if not damaged[n]:
             longest = max(longest, samples[n].height, samples[n].width)
             largest = max(largest, samples[n].height * samples[n].width * 3)
     decoded = np.empty(largest, np.uint8)
-    taps = 2 * longest // size + 1
-    # Zeros, not whatever memory holds: behind a crop's last column there is weight 0, and 0 times NaN is NaN.
-    row, resized = np.zeros(3 * (longest + taps), np.float32), np.zeros(3 * size, np.float32)
-    starts, weights = np.empty((2, size), np.int64), np.empty((2, size, taps), np.float32)
-
+    memory = crop_memory(views.shape[2], longest)
     for n in range(first, last):
         damaged[n] = damaged[n] or not decode_payload(data, samples[n], decoded)
         if damaged[n]:
             continue
         height, width = samples[n].height, samples[n].width
         for v in range(views.shape[0]):
-            view = views[v, n].reshape(size, 3 * size)
             if samples[n].jpeg:
                 pixels = decoded[: height * width * 3].reshape(height, 3 * width)
-                _crop_resize(pixels, boxes[n, v], flip[n, v], view, row, resized, starts, weights)
+                crop_view(pixels, boxes[n, v], flip[n, v], memory, views[v, n])
             else:  # not one variable for both: to numba, writable memory and a read-only file are two types
                 stored = data[samples[n].start : samples[n].start + samples[n].nbytes].reshape(height, 3 * width)
-                _crop_resize(stored, boxes[n, v], flip[n, v], view, row, resized, starts, weights)
-
-
-@jit
-def _crop_resize(pixels, box, flip, view, row, resized, starts, weights):
-    """Antialiased bilinear resize of a box, then perhaps a flip: uint8 [H, 3 W] -> uint8 [size, 3 size].
-
-    Every output row blends input rows into ``row``, then columns of that into ``resized``: in float32, rounded once at
-    the end (Pillow's fixed point rounds after each direction). Three loops, for the first and the last vectorise.
-    """
-    top, left, height, width = box
-    size = view.shape[0]
-    row_taps = _triangle(height, size, False, starts[0], weights[0])
-    column_taps = _triangle(width, size, flip, starts[1], weights[1])
-    begin, end = 3 * left, 3 * (left + width)
-    second, third, fourth, fifth, sixth = row[1:], row[2:], row[3:], row[4:], row[5:]
-    for y in range(size):
-        start = top + starts[0, y]
-        weight, next_weight = weights[0, y, 0], weights[0, y, 1]
-        above, below = pixels[start, begin:end], pixels[min(start + 1, len(pixels) - 1), begin:end]
-        for i in range(3 * width):
-            row[i] = weight * above[i] + next_weight * below[i]
-        for k in range(2, row_taps):
-            if weights[0, y, k] > 0:
-                weight, below = weights[0, y, k], pixels[start + k, begin:end]
-                for i in range(3 * width):
-                    row[i] += weight * below[i]
-
-        for x in range(size):
-            at = np.uintp(3 * starts[1, x])  # unsigned: numba need not ask whether it counts from the end
-            weight, next_weight = weights[1, x, 0], weights[1, x, 1]
-            red = weight * row[at] + next_weight * fourth[at]
-            green = weight * second[at] + next_weight * fifth[at]
-            blue = weight * third[at] + next_weight * sixth[at]
-            for k in range(2, column_taps):
-                weight, at_k = weights[1, x, k], at + np.uintp(3 * k)
-                red += weight * row[at_k]
-                green += weight * second[at_k]
-                blue += weight * third[at_k]
-            resized[3 * x], resized[3 * x + 1], resized[3 * x + 2] = red, green, blue
-
-        for i in range(3 * size):
-            view[y, i] = np.int32(resized[i] + np.float32(0.5))
-
-
-@jit
-def _triangle(length, size, reverse, starts, weights):
-    """Taps of the triangle filter, widened by the scale where it shrinks (antialiasing); returns how many are in use.
-
-    Output i is sum_k weights[i, k] * input[starts[i] + k]; its weights sum to 1, those not in use are 0.
-    """
-    scale = length / size
-    support = max(scale, 1.0)
-    most = 0
-    for i in range(size):
-        centre = scale * (i + 0.5)
-        start = max(int(centre - support + 0.5), 0)
-        count = min(int(centre + support + 0.5), length) - start
-        to = size - 1 - i if reverse else i
-        total = 0.0
-        for k in range(count):
-            weight = max(0.0, 1.0 - abs(start + k + 0.5 - centre) / support)
-            weights[to, k] = weight
-            total += weight
-        for k in range(count):
-            weights[to, k] /= total
-        for k in range(count, weights.shape[1]):
-            weights[to, k] = 0
-        starts[to] = start
-        most = max(most, count)
-    return most
+                crop_view(stored, boxes[n, v], flip[n, v], memory, views[v, n])
 
 
 __all__ = ["FfcvLoader", "FfcvSource"]

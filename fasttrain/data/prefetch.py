@@ -1,9 +1,9 @@
-"""A decoder's uint8 views -> finished batches, ahead of time. Shared by the DALI and the FFCV loader::
+"""Batches made ahead of time, whoever makes them::
 
-    Source.produce(position) ── colour.py ── queue of `prefetch` batches ── PrefetchLoader.iterate()
-    └────────────────── one background thread ────────────────────────┘     the consumer
+    Source.produce(position) ── Finish ── queue of `prefetch` batches ── PrefetchLoader.iterate()
+    └──────────────── one background thread ───────────────────────┘     the consumer
 
-A loader is a :class:`Source` of its own in a :class:`PrefetchLoader`.
+A loader is a :class:`Source` and a :class:`Finish` in a :class:`PrefetchLoader`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.data import Batch, colour
+from fasttrain.data import Batch
 from fasttrain.data.augment import Draws
 from fasttrain.data.damage import Bad, BadImages
 from fasttrain.data.loader import LoaderConfig
@@ -65,12 +65,21 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-class PrefetchLoader:
-    """The :class:`~fasttrain.data.loader.Loader` around a :class:`Source`: colours, queue, time-out, shutdown."""
+class Finish(Protocol):
+    """Makes the batch of what a source decoded: colours, and the way to the device. Called from one thread."""
 
-    def __init__(self, source: Source, config: LoaderConfig, order: Order, device: torch.device) -> None:
-        self._source, self._config, self._order = source, config, order
-        self._finish = _FinishOnGpu(device) if device.type == "cuda" else _FinishOnCpu(config.thread_count())
+    def __call__(self, decoded: Decoded) -> Batch:
+        """``images`` may be uint8, grey levels, where no colours are changed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PrefetchLoader:
+    """The :class:`~fasttrain.data.loader.Loader` around a :class:`Source`: queue, time-out, hand-over, shutdown."""
+
+    def __init__(self, source: Source, finish: Finish, config: LoaderConfig, order: Order) -> None:
+        self._source, self._finish, self._config, self._order = source, finish, config, order
         self.bad = BadImages(config.bad_share, len(order.indices), source.remedy)
         self._runs: list[_Run] = []
         self._finalizer = weakref.finalize(self, _close, self._runs, source, self._finish)
@@ -80,7 +89,7 @@ class PrefetchLoader:
     def __len__(self) -> int:
         return len(self._order)
 
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
+    def iterate(self, start: int = 0, *, levels: bool = False) -> Iterator[Batch]:
         """See :meth:`Loader.iterate`. Work starts at once, not with the first ``next``."""
         while self._runs:
             if not self._runs[-1].stop(self._config.timeout):
@@ -89,14 +98,14 @@ class PrefetchLoader:
         end = None if self._order.drop_last else len(self)
         run = _Run(self._source, self._finish, start, end, self._config.prefetch)
         self._runs.append(run)
-        return self._batches(run)
+        return self._batches(run, levels)
 
     def close(self) -> None:
         """Stop the threads. Happens by itself when the loader is collected, or at the interpreter's exit."""
         self._finalizer()
         atexit.unregister(self._finalizer)
 
-    def _batches(self, run: _Run) -> Iterator[Batch]:
+    def _batches(self, run: _Run, levels: bool) -> Iterator[Batch]:
         try:
             for _ in run.positions():
                 batch, bad = run.take(self._config.timeout)
@@ -104,6 +113,8 @@ class PrefetchLoader:
                 if batch.images.is_cuda:  # made on another stream, whose allocator must not reuse it under ours
                     for tensor in (batch.images, batch.labels, batch.index):
                         tensor.record_stream(torch.cuda.current_stream(tensor.device))
+                if batch.images.dtype == torch.uint8 and not levels:
+                    batch = batch._replace(images=batch.images * (1 / 255))
                 yield batch
         finally:
             run.stop(0)
@@ -148,9 +159,7 @@ def _work(tasks: queue.SimpleQueue) -> None:
 class _Run:
     """One call of ``iterate``: the thread that fills the queue, and the consumer's end of it."""
 
-    def __init__(
-        self, source: Source, finish: Callable[[Decoded], Batch], start: int, end: int | None, prefetch: int
-    ) -> None:
+    def __init__(self, source: Source, finish: Finish, start: int, end: int | None, prefetch: int) -> None:
         self._source, self._finish, self._start, self._end, self._prefetch = source, finish, start, end, prefetch
         self._ready: deque[_Finished | BaseException] = deque()
         self._changed = threading.Condition()
@@ -208,76 +217,7 @@ class _Run:
                 self._changed.notify_all()
 
 
-class _FinishOnCpu:
-    """Colours by the fused kernel, slices of the batch on several threads."""
-
-    def __init__(self, threads: int) -> None:
-        self._workers, self._memory = Workers(threads), _Memory()
-
-    def __call__(self, decoded: Decoded) -> Batch:
-        n, size = len(decoded.ids), decoded.views[0].shape[1]
-        images = self._memory.take((len(decoded.views), n, size, size, 3))
-        done = []
-        for view, pixels in enumerate(decoded.views):
-            draws, out = decoded.draws.take((slice(None), view)), images[view].numpy()
-
-            def apply(part: slice, pixels=pixels, draws=draws, out=out) -> None:
-                colour.apply_numpy(pixels[part], draws.take(part), out[part])
-
-            done += self._workers.over_slices(apply, n)
-        for part in done:
-            part.result()
-        return Batch(images.permute(0, 1, 4, 2, 3), torch.tensor(decoded.labels), torch.tensor(decoded.ids))
-
-    def close(self) -> None:
-        self._workers.close()
-
-
-class _FinishOnGpu:
-    """Colours by batched torch operations on a stream of its own, a view at a time to bound their memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
-
-    def __call__(self, decoded: Decoded) -> Batch:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            shape = (len(decoded.views), *decoded.views[0].shape)
-            images = torch.empty(shape, device=self._device)
-            for view, pixels in enumerate(decoded.views):
-                pixels = self._move(torch.as_tensor(pixels))
-                images[view] = colour.apply_torch(pixels, decoded.draws.take((slice(None), view)))
-            labels, ids = (self._move(torch.tensor(x)) for x in (decoded.labels, decoded.ids))
-            batch = Batch(images.permute(0, 1, 4, 2, 3), labels, ids)
-            self._stream.synchronize()  # this thread alone waits; after it the decoder's buffers may be reused
-        return batch
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.is_cuda else tensor.pin_memory().to(self._device, non_blocking=True)
-
-    def close(self) -> None: ...
-
-
-class _Memory:
-    """Float tensors whose memory is handed out again when no tensor over it lives any more.
-
-    A batch is tens of MB: fresh from the system each time, its pages are mapped and zeroed anew. For 64 images in two
-    views of 224 pixels that takes 34 ms of a core; all else takes about 100.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        count = int(np.prod(shape))
-        array = self._free.pop() if self._free else np.empty(count, np.float32)
-        if len(array) < count:
-            array = np.empty(count, np.float32)
-        lent = array[:count].reshape(shape)
-        weakref.finalize(lent, self._free.append, array).atexit = False  # torch keeps `lent` as long as it needs it
-        return torch.from_numpy(lent)
-
-
-def _close(runs: list[_Run], source: Source, finish: _FinishOnCpu | _FinishOnGpu) -> None:
+def _close(runs: list[_Run], source: Source, finish: Finish) -> None:
     if all(run.stop(_PATIENCE) for run in runs):  # else a read hangs: its thread, a daemon, ends with the process
         source.close()
         finish.close()
@@ -288,4 +228,4 @@ def _shorten(paths: list[str], most: int = 3) -> str:
     return ", ".join(f"'{path}'" for path in paths[:most]) + more if paths else "(nothing: the decoder itself hangs)"
 
 
-__all__ = ["Decoded", "PrefetchLoader", "Source", "Workers"]
+__all__ = ["Decoded", "Finish", "PrefetchLoader", "Source", "Workers"]
