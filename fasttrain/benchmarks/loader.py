@@ -113,7 +113,7 @@ def _ours(config: LoaderConfig, kind: Kind, work: Work, augment: AugmentConfig, 
     order = Order(work.catalog.indices, 0, work.batch, drop_last=False)
     reader = make_loader(loader, catalog, order, SimCLR(augment, 0), work.device)
     closing.callback(reader.close)
-    return lambda: (batch.images for batch in reader.iterate())
+    return lambda: (batch.images for batch in reader.iterate(levels=True))
 
 
 def _contestant(
