@@ -59,9 +59,8 @@ class Work:
         """As torchvision's ImageFolder and CIFAR10 give them: a PIL image, ``transform``ed, and its label."""
         if not self.catalog.encoded:
             self._require_images()
-            return _Pixels(
-                self.catalog.pixels[self.catalog.indices], self.catalog.labels[self.catalog.indices], transform
-            )
+            kept = self.catalog.indices
+            return _Pixels(self.catalog.pixels[kept], self.catalog.labels[kept], transform)
         from torchvision.datasets import ImageFolder
 
         return ImageFolder(str(self.folder), transform)
@@ -124,13 +123,15 @@ def spreads(augment: AugmentConfig) -> tuple[float, float, float, float]:
 
 
 def window(augment: AugmentConfig) -> int:
+    """Side of the blur's kernel, pixels, which ours has."""
     return 2 * blur_radius(augment.size) + 1
 
 
 def insist(who: str, augment: AugmentConfig, **fixed: Any) -> None:
-    """
+    """Refuse an augmentation that differs from what ``who`` has for good.
+
     Raises:
-        UsageError: what ``who`` has for good is another.
+        UsageError: it does.
     """
     for key, value in fixed.items():
         if (asked := getattr(augment, key)) != value:
