@@ -65,6 +65,30 @@ def config(root: Path, **given) -> LoaderBenchConfig:
     return LoaderBenchConfig(**small | {"data": {"root": str(root)}} | given)
 
 
+class Recorder(ModuleType):
+    """A module of which every name is a class whose objects are what they were made of."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *given, **named: (name, *given, *sorted(named.items()))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Of a library that need not be there."""
+
+    def record(name: str) -> None:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            monkeypatch.setitem(sys.modules, path, Recorder(path))
+            if depth > 1:
+                setattr(sys.modules[".".join(parts[: depth - 1])], parts[depth - 1], sys.modules[path])
+
+    return record
+
+
 # The table -----------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +215,7 @@ def test_worker_processes_stay_for_the_next_epoch_are_counted_and_end(work):
     beside = cpu_seconds() - began - (time.process_time() - alone)
     (worker,) = set(multiprocessing.active_children()) - before
     assert views[0].shape == (6, 3, 2, 2) and (views[0] == worker.pid).all()
-    assert beside >= 6 * 0.02
+    assert beside > 0.9 * 6 * 0.02
     del epoch
     worker.join(10)
     assert not worker.is_alive()
@@ -211,7 +235,9 @@ def test_arrays_are_loaded_as_files_are(tmp_path):
         work.require_files()
 
 
-def test_files_are_linked_and_decoded(work):
+def test_files_are_linked_and_decoded(work, recorded):
+    recorded("torchvision.datasets")
+    assert work.dataset(max) == ("ImageFolder", str(work.folder), max)
     links = sorted(work.folder.glob("*/*"))
     assert {str(link.resolve()) for link in links} == {work.catalog.path(index) for index in work.catalog.indices}
     assert {link.parent.name for link in links} == {"000000", "000001", "000002"}
@@ -229,33 +255,6 @@ def test_images_of_several_sizes_are_no_tensor(tmp_path):
 
 
 # What they are told ---------------------------------------------------------------------------------------------------
-
-
-class Recorder(ModuleType):
-    """A module of which every name is a class whose objects are what they were made of."""
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *given, **named: (name, *given, *sorted(named.items()))
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """Of a library that need not be there."""
-
-    def record(name: str) -> Recorder:
-        parts = name.split(".")
-        for depth in range(1, len(parts) + 1):
-            path = ".".join(parts[:depth])
-            monkeypatch.setitem(sys.modules, path, Recorder(path))
-            if depth > 1:
-                monkeypatch.setattr(
-                    sys.modules[".".join(parts[: depth - 1])], parts[depth - 1], sys.modules[path], False
-                )
-        return sys.modules[name]
-
-    return record
 
 
 SPREADS = pytest.approx((0.4, 0.4, 0.4, 0.1))
