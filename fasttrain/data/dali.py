@@ -25,12 +25,13 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from fasttrain.data.contents import Rows, contents_of
 from fasttrain.data.damage import Bad, is_cut
 from fasttrain.data.decoder import DECODING
 from fasttrain.data.finish import make_finish
@@ -103,7 +104,7 @@ class DaliSource:
             self._gpu = torch.cuda.current_device() if device.index is None else device.index
         self._threads, self._rank, self._world = threads, rank, world
         self._regional = catalog.encoded and augment.views == 1
-        self._readers = Workers(max(_READERS, threads))
+        self._readers, self._contents = Workers(max(_READERS, threads)), contents_of(catalog)
         self._pipeline: Pipeline | None = None  # built with the first batch, then used for the whole run
         self._undecodable: dict[tuple[int, int], str] = {}  # (epoch, id) -> what DALI failed on
         self._reads: deque[_Read] = deque()
@@ -137,12 +138,10 @@ class DaliSource:
                 self._reads.extendleft(self._submit(batch.epoch, batch.wanted) for batch in reversed(broken))
                 continue
             _, _, images, draws = self._running.popleft()
-            ids = np.array([image.index for image in images], np.int64)
-            bad = [bad for image in images for bad in image.instead_of]
-            return Decoded(views, draws, self._catalog.labels[ids], ids, bad)
+            return Decoded(views, draws, self._catalog.labels[images.ids], images.ids, images.bad)
 
     def reading(self) -> list[str]:
-        return [self._catalog.path(i) for read in list(self._reads) for i in read.unread()]
+        return [self._catalog.path(i) for read in list(self._reads) for i in read.wanted[~read.rows.done]]
 
     def close(self) -> None:
         self._readers.close()
@@ -161,7 +160,19 @@ class DaliSource:
         return bool(self._reads)
 
     def _submit(self, epoch: int, ids: np.ndarray) -> _Read:
-        return _Read(epoch, ids, self._readers.over_slices(lambda p: [self._read(epoch, i) for i in ids[p]], len(ids)))
+        for _, index in filter(lambda known: known[0] == epoch, self._undecodable):
+            self._contents.forget(index)
+        rows = self._contents.rows(ids)
+        parts = self._readers.over_slices(lambda part: self._read_part(epoch, ids, rows, part), len(ids))
+        return _Read(epoch, ids, rows, parts)
+
+    def _read_part(self, epoch: int, ids: np.ndarray, rows: Rows, part: slice) -> dict[int, _Image]:
+        """Fill ``part`` of the rows; what stands in the places that :class:`Contents` leaves."""
+        others = {}
+        for place in self._contents.read(ids, rows, part):
+            others[place] = self._read(epoch, int(ids[place]))
+            rows.done[place] = True
+        return others
 
     def _read(self, epoch: int, index: int) -> _Image:
         """Sample ``index``, or the first good one of its :meth:`Order.candidates`."""
@@ -189,27 +200,27 @@ class DaliSource:
                 raise ValueError("truncated: its end is missing")
             if reason := self._undecodable.get((epoch, index)):
                 raise ValueError(reason)
+            self._contents.learn(index, content)
         else:
             size = content.shape[:2]
         return content, size
 
     def _start(self, read: _Read) -> None:
         """Wait for a batch's files and hand them to DALI."""
-        images = [image for part in read.parts for image in part.result()]
-        ids = np.array([image.index for image in images], np.int64)
-        self._catalog.sizes[ids] = sizes = _shapes(images)[:, :2]
-        draws = self._augment.draw(read.epoch, ids, sizes)
+        images = _Images.of(read)
+        self._catalog.sizes[images.ids] = images.sizes
+        draws = self._augment.draw(read.epoch, images.ids, images.sizes)
         self._running.append(_Running(read.epoch, read.wanted, images, draws))
-        if images:
+        if len(images.ids):
             if self._pipeline is None:
                 self._pipeline = self._build(-(-self._order.batch // self._world))
             self._feed(self._pipeline, images, draws)
 
-    def _feed(self, pipeline: Pipeline, images: list[_Image], draws: Draws) -> None:
+    def _feed(self, pipeline: Pipeline, images: _Images, draws: Draws) -> None:
         feed = pipeline.feed_input
-        feed("content", [image.content for image in images])
+        feed("content", images.contents)
         if self._catalog.encoded and not self._regional:
-            feed("shape", _shapes(images))
+            feed("shape", images.shapes())
         for view in range(self._augment.views):
             corner, extent = draws.boxes[:, view, :2], draws.boxes[:, view, 2:]
             if self._regional:
@@ -223,14 +234,14 @@ class DaliSource:
             feed(f"end{view}", ends[1])
         pipeline.schedule_run()
 
-    def _collect(self, pipeline: Pipeline | None, images: list[_Image]) -> list[np.ndarray | Tensor]:
+    def _collect(self, pipeline: Pipeline | None, images: _Images) -> list[np.ndarray | Tensor]:
         """Wait for the V views uint8 [B, size, size, 3]; the memory is DALI's, and theirs for as long as they live."""
-        if not images:
+        if not len(images.ids):
             size = self._augment.size
             return [np.empty((0, size, size, 3), np.uint8)] * self._augment.views
         outputs = [output.as_tensor() for output in pipeline.share_outputs()]
         pipeline.release_outputs()
-        if self._catalog.encoded and (np.asarray(outputs.pop()) != _shapes(images)).any():
+        if self._catalog.encoded and (np.asarray(outputs.pop()) != images.shapes()).any():
             raise RuntimeError("an image has another size than its header says")
         return [np.asarray(x) if self._gpu is None else torch.from_dlpack(x) for x in outputs]
 
@@ -242,15 +253,15 @@ class DaliSource:
         """
         failed, sound, pipeline = {}, 0, None
         for epoch, _, images, draws in broken if self._catalog.encoded else ():
-            for row, image in enumerate(images):
+            for row, index in enumerate(images.ids.tolist()):
                 try:
                     pipeline = pipeline or self._build(1)
-                    self._feed(pipeline, [image], draws.take(slice(row, row + 1)))
-                    self._collect(pipeline, [image])
+                    self._feed(pipeline, images.only(row), draws.take(slice(row, row + 1)))
+                    self._collect(pipeline, images.only(row))
                     sound += 1
                 except RuntimeError:
-                    (finding,), pipeline = examine([image.content]), None
-                    failed[epoch, image.index] = finding if isinstance(finding, str) else _ONLY_HERE
+                    (finding,), pipeline = examine([images.contents[row][: images.lengths[row]]]), None
+                    failed[epoch, index] = finding if isinstance(finding, str) else _ONLY_HERE
         if not sound and _ONLY_HERE in failed.values():
             return False
         self._undecodable |= failed
@@ -263,8 +274,8 @@ class DaliSource:
             # could depend, by a grey level, on its place in the batch. At 1 the engines take all that they can.
             decoding |= dict(device="mixed", hw_decoder_load=1.0)
 
-        def external(name: str, dtype: types.DALIDataType, ndim: int) -> DataNode:
-            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+        def external(name: str, dtype: types.DALIDataType, ndim: int, **settings: Any) -> DataNode:
+            return fn.external_source(name=name, dtype=dtype, ndim=ndim, **settings)
 
         @pipeline_def(
             batch_size=batch_size,
@@ -274,7 +285,8 @@ class DaliSource:
             prefetch_queue_depth=1,
         )
         def define() -> tuple[DataNode, ...]:
-            content = external("content", types.UINT8, 1 if self._catalog.encoded else 3)
+            # not copied, which feed_input would do under the lock: `_Running` keeps them until DALI is done
+            content = external("content", types.UINT8, 1 if self._catalog.encoded else 3, no_copy=True)
             found = []
             if self._regional:
                 corner, extent = external("corner", types.INT32, 1), external("extent", types.INT32, 1)
@@ -306,7 +318,7 @@ class DaliSource:
 
 
 class _Image(NamedTuple):
-    """What is shown at a place of a batch."""
+    """What ``Catalog.read`` gave for a place of a batch."""
 
     index: int
     content: np.ndarray  # uint8: a file's bytes [size], or pixels [H, W, 3]
@@ -314,21 +326,43 @@ class _Image(NamedTuple):
     instead_of: list[Bad]
 
 
-def _shapes(images: list[_Image]) -> np.ndarray:
-    """[B, 3] (height, width, channels)."""
-    return np.array([(*image.size, 3) for image in images], np.int32).reshape(-1, 3)
-
-
 class _Read(NamedTuple):
-    """A batch whose files are being read: the futures hold lists of images, in the order of the ids."""
+    """A batch whose files are being read: the futures hold what stands in places that the rows leave."""
 
     epoch: int
     wanted: np.ndarray  # [B] ids
+    rows: Rows
     parts: list[Future]
 
-    def unread(self) -> list[int]:
-        parts = np.array_split(self.wanted, max(1, len(self.parts)))
-        return [int(i) for ids, part in zip(parts, self.parts, strict=False) if not part.done() for i in ids]
+
+class _Images(NamedTuple):
+    """What is shown in a batch."""
+
+    ids: np.ndarray  # [B] int64
+    contents: np.ndarray | list[np.ndarray]  # uint8: files' bytes, perhaps padded, or pixels [H, W, 3]
+    lengths: np.ndarray  # [B] of the files without their padding
+    sizes: np.ndarray  # [B, 2] int32 (height, width) by the headers
+    bad: list[Bad]  # what is not shown
+
+    @staticmethod
+    def of(read: _Read) -> _Images:
+        """Waits until all is read."""
+        ids, rows = read.wanted.copy(), read.rows
+        others = {place: image for part in read.parts for place, image in part.result().items()}
+        contents = rows.apart() if others else rows.together()
+        for place, image in others.items():
+            ids[place], contents[place], rows.sizes[place] = image.index, image.content, image.size
+            rows.lengths[place] = len(image.content)
+        bad = [bad for image in others.values() for bad in image.instead_of]
+        return _Images(ids, contents, rows.lengths, rows.sizes, bad)
+
+    def only(self, row: int) -> _Images:
+        one = slice(row, row + 1)
+        return _Images(self.ids[one], self.contents[one], self.lengths[one], self.sizes[one], [])
+
+    def shapes(self) -> np.ndarray:
+        """int32 [B, 3] (height, width, channels)."""
+        return np.insert(self.sizes, 2, 3, axis=1)
 
 
 class _Running(NamedTuple):
@@ -336,5 +370,5 @@ class _Running(NamedTuple):
 
     epoch: int
     wanted: np.ndarray
-    images: list[_Image]
+    images: _Images
     draws: Draws
