@@ -87,7 +87,7 @@ def loaders():
     opened = []
 
     def make(catalog, order, augment, *place, device=CPU, **settings):
-        opened.append(make_loader(LoaderConfig(threads=2, **settings), catalog, order, augment, device, *place))
+        opened.append(make_loader(LoaderConfig(kind="dali", threads=2, **settings), catalog, order, augment, device, *place))
         return opened[-1]
 
     yield make
@@ -330,7 +330,7 @@ def test_the_interpreter_exits_midway(tmp_path: Path):
         from test_dali import *
         from fasttrain.data.prefetch import Workers
         order, augment = Order(np.arange(8), 0, 4), SimCLR(AugmentConfig(size=SIZE), 0)
-        loader = make_loader(LoaderConfig(threads=2), jpegs(8), order, augment, CPU)
+        loader = make_loader(LoaderConfig(kind="dali", threads=2), jpegs(8), order, augment, CPU)
         iterator = loader.iterate()
         next(iterator)
         stuck = Workers(1).submit(time.sleep, 1000)
@@ -344,7 +344,7 @@ def test_an_ffcv_file_is_refused():
     catalog = jpegs(1)
     catalog.beton = "train.beton"
     with pytest.raises(UsageError, match=r"train\.beton.*ffcv"):
-        make_loader(LoaderConfig(), catalog, Order(np.arange(1), 0, 1), SimCLR(AugmentConfig(), 0), CPU)
+        make_loader(LoaderConfig(kind="dali"), catalog, Order(np.arange(1), 0, 1), SimCLR(AugmentConfig(), 0), CPU)
 
 
 def test_a_failure_long_before_its_turn_does_not_hide(loaders):

@@ -74,7 +74,7 @@ class Contents:
         """Leave a sample to ``Catalog.read`` the next time."""
 
 
-class Pixels(Contents):
+class Arrays(Contents):
     """Decoded images in memory."""
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -129,7 +129,7 @@ class Files(Contents):
 def contents_of(catalog: Catalog) -> Contents:
     if not isinstance(catalog, Catalog):
         return Contents()
-    return Files(catalog) if catalog.names is not None else Pixels(catalog.pixels)
+    return Files(catalog) if catalog.names is not None else Arrays(catalog.pixels)
 
 
 # Compiled ----------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def _jpeg(data):
 
 @_jit
 def _has(data, at, text):
-    for i in range(len(text)):
+    for i in range(len(text)):  # noqa: SIM110  (a generator does not compile)
         if data[at + i] != text[i]:
             return False
     return True
@@ -217,4 +217,4 @@ def _number(data, at, size):
     return number
 
 
-__all__ = ["Contents", "Files", "Pixels", "Rows", "contents_of"]
+__all__ = ["Arrays", "Contents", "Files", "Rows", "contents_of"]
