@@ -87,7 +87,9 @@ def loaders():
     opened = []
 
     def make(catalog, order, augment, *place, device=CPU, **settings):
-        opened.append(make_loader(LoaderConfig(kind="dali", threads=2, **settings), catalog, order, augment, device, *place))
+        opened.append(
+            make_loader(LoaderConfig(kind="dali", threads=2, **settings), catalog, order, augment, device, *place)
+        )
         return opened[-1]
 
     yield make

@@ -20,10 +20,9 @@ from nvidia.dali import fn, pipeline_def, types
 from fasttrain.data.decoder import DECODING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from nvidia.dali import Pipeline
     from nvidia.dali.data_node import DataNode
+    from nvidia.dali.tensors import TensorListCPU, TensorListGPU
     from torch import Tensor
 
     from fasttrain.data.augment import Draws
@@ -87,15 +86,40 @@ class Undecoded:
         return Whole.of(np.concatenate([np.zeros(0, np.uint8), *parts]), images.sizes, images.draws)
 
 
-class OnCpu:
+class _Pipeline:
+    """One of DALI's, whose inputs are fed by name."""
+
+    def __init__(self, batch: int, threads: int, gpu: int | None) -> None:
+        self._pipeline = pipeline_def(
+            batch_size=batch,
+            num_threads=threads,
+            device_id=gpu,
+            exec_dynamic=True,  # outputs live as long as they are referred to, and runs queue up beyond the depth
+            prefetch_queue_depth=1,
+        )(self._define)()
+        self._pipeline.build()
+
+    def _define(self) -> tuple[DataNode, ...]:
+        raise NotImplementedError
+
+    def _contents(self, ndim: int = 1) -> DataNode:
+        return _external("content", types.UINT8, ndim, no_copy=True)
+
+    def _outputs(self) -> list[TensorListCPU | TensorListGPU]:
+        outputs = self._pipeline.share_outputs()
+        self._pipeline.release_outputs()
+        return list(outputs)
+
+
+class OnCpu(_Pipeline):
     """Decodes files, to be cropped on the CPU too."""
 
     def __init__(self, batch: int, threads: int, regional: bool) -> None:
         self._regional = regional
-        self._pipeline = _build(self._define, batch, threads, None)
+        super().__init__(batch, threads, None)
 
     def _define(self) -> tuple[DataNode, ...]:
-        content = _contents(1)
+        content = self._contents()
         if self._regional:
             return _region(content, device="cpu")
         return (fn.decoders.image(content, device="cpu", **DECODING),)
@@ -107,7 +131,7 @@ class OnCpu:
         self._pipeline.schedule_run()
 
     def collect(self, images: Images) -> Whole:
-        decoded, *found = _outputs(self._pipeline)
+        decoded, *found = self._outputs()
         shapes = np.array(decoded.shape(), np.int32)
         if self._regional:
             extents = images.draws.boxes[:, 0, 2:]
@@ -120,17 +144,17 @@ class OnCpu:
         return Whole.of(pixels, np.ascontiguousarray(images.sizes), images.draws)
 
 
-class OnGpu:
+class OnGpu(_Pipeline):
     """Decodes files, or takes pixels, and makes V views uint8 [B, size, size, 3]."""
 
     def __init__(
         self, batch: int, threads: int, gpu: int, encoded: bool, regional: bool, views: int, size: int
     ) -> None:
         self._encoded, self._regional, self._views, self._size = encoded, regional, views, size
-        self._pipeline = _build(self._define, batch, threads, gpu)
+        super().__init__(batch, threads, gpu)
 
     def _define(self) -> tuple[DataNode, ...]:
-        content, found = _contents(1 if self._encoded else 3), []
+        content, found = self._contents(1 if self._encoded else 3), []
         # By default a share of each batch goes to the JPEG engines and the rest to another decoder, and an image could
         # depend, by a grey level, on its place in the batch. At 1 the engines take all that they can.
         decoding = dict(device="mixed", hw_decoder_load=1.0)
@@ -175,30 +199,14 @@ class OnGpu:
         self._pipeline.schedule_run()
 
     def collect(self, images: Images) -> list[Tensor]:
-        outputs = [output.as_tensor() for output in _outputs(self._pipeline)]
+        outputs = [output.as_tensor() for output in self._outputs()]
         if self._encoded:
             _check(np.asarray(outputs.pop())[:, :2], images.sizes)
         return [torch.from_dlpack(view) for view in outputs]
 
 
-def _build(define: Callable[[], tuple[DataNode, ...]], batch: int, threads: int, gpu: int | None) -> Pipeline:
-    pipeline = pipeline_def(
-        batch_size=batch,
-        num_threads=threads,
-        device_id=gpu,
-        exec_dynamic=True,  # outputs live as long as they are referred to, and runs queue up beyond the depth
-        prefetch_queue_depth=1,
-    )(define)()
-    pipeline.build()
-    return pipeline
-
-
 def _external(name: str, dtype: types.DALIDataType, ndim: int, **settings: Any) -> DataNode:
     return fn.external_source(name=name, dtype=dtype, ndim=ndim, **settings)
-
-
-def _contents(ndim: int) -> DataNode:
-    return _external("content", types.UINT8, ndim, no_copy=True)
 
 
 def _region(content: DataNode, **decoding: Any) -> tuple[DataNode, DataNode]:
@@ -211,12 +219,6 @@ def _region(content: DataNode, **decoding: Any) -> tuple[DataNode, DataNode]:
 def _feed_region(pipeline: Pipeline, draws: Draws) -> None:
     pipeline.feed_input("corner", np.ascontiguousarray(draws.boxes[:, 0, :2]))
     pipeline.feed_input("extent", np.ascontiguousarray(draws.boxes[:, 0, 2:]))
-
-
-def _outputs(pipeline: Pipeline) -> list[Any]:
-    outputs = pipeline.share_outputs()
-    pipeline.release_outputs()
-    return list(outputs)
 
 
 def _check(found: np.ndarray, said: np.ndarray) -> None:
