@@ -29,7 +29,6 @@ from fasttrain.data.header import MOST_PIXELS
 _ROW = 1 << 15  # bytes: rows no longer than it are padded whatever the batch's mean
 _LONGEST_PATH = 4096  # Linux's PATH_MAX
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
-_PNG_START, _PNG_HEADER = b"\x89PNG\r\n\x1a\n", b"IHDR"
 
 
 class Rows(NamedTuple):
@@ -175,11 +174,11 @@ def _read_file(path, memory):
 def _look(data):
     """(height, width) of a JPEG or PNG that is whole, for all that its header and its end say; else (0, 0)."""
     height, width = 0, 0
-    if len(data) > 32 and data[0] == 0xFF and data[1] == 0xD8 and data[2] == 0xFF:
-        if data[-2] == 0xFF and data[-1] == 0xD9:
+    if len(data) > 32:
+        end = len(data)
+        if _has(data, 0, b"\xff\xd8\xff") and _has(data, end - 2, b"\xff\xd9"):
             height, width = _jpeg(data)
-    elif len(data) > 32 and _has(data, 0, _PNG_START) and _has(data, 12, _PNG_HEADER):
-        if _has(data, len(data) - len(PNG_END), PNG_END):
+        if _has(data, 0, b"\x89PNG\r\n\x1a\n") and _has(data, 12, b"IHDR") and _has(data, end - 8, PNG_END):
             height, width = _number(data, 20, 4), _number(data, 16, 4)
     sound = height <= MOST_PIXELS and width <= MOST_PIXELS and 0 < height * width <= MOST_PIXELS
     return (height, width) if sound else (0, 0)

@@ -118,7 +118,7 @@ class DaliSource:
         while True:
             try:
                 while len(self._running) < _DEPTH + 1 and self._read_ahead():
-                    self._start(self._reads.popleft())
+                    self._start()
                 made = self._collect()
             except Exception as error:
                 broken = self._give_up()
@@ -195,9 +195,11 @@ class DaliSource:
             size = content.shape[:2]
         return content, size
 
-    def _start(self, read: _Read) -> None:
-        """Wait for a batch's files and hand them to DALI."""
+    def _start(self) -> None:
+        """Wait for the next batch's files and hand them to DALI."""
+        read = self._reads[0]
         ids, contents, rows, bad = read.wait()
+        self._reads.popleft()  # not before: `reading` names its files
         self._catalog.sizes[ids] = rows.sizes
         draws = self._augment.draw(read.epoch, ids, rows.sizes)
         images = Images(ids, contents, rows.lengths, rows.sizes, draws, bad)
