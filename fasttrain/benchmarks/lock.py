@@ -3,13 +3,15 @@
 The launching thread does what a training step does when the device is faster than Python. Its rate leaves out the time
 in which it could run and had no core, as Linux counts it: what is left is the wait for the lock, so that a machine with
 few cores, or a busy one, shows the same ratios. The loader beside it runs as fast as it can, which is the most that it
-can take; a step that takes its batches slower loses less.
+can take; a step that takes its batches slower loses less. DALI's reads files without a manifest one by one in the first
+epoch, which costs most.
 """
 
 from __future__ import annotations
 
 import hashlib
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from fasttrain import distributed
 from fasttrain.benchmarks.timing import Report
 from fasttrain.config import Config
 from fasttrain.data.augment import AugmentConfig, SimCLR
@@ -63,6 +66,7 @@ class Beside(NamedTuple):
 
 def compare_lock(config: LockBenchConfig, rounds: int) -> Iterator[Report]:
     """Operations a second of a launching thread beside each loader that reads the data; yields after every round."""
+    sys.setswitchinterval(distributed.SWITCH_INTERVAL)  # as in training
     beside = {ALONE: None, COMPUTING: _compute, PYTHON: _interpret} | dict(_loaders(config))
     found = {name: Beside(name, [], [], []) for name in beside}
     for work in filter(None, beside.values()):

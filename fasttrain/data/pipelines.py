@@ -6,7 +6,12 @@ over a region of interest, flipped by a region whose ends are swapped. It agrees
 on average), but for the crop's border, where the filter reaches the pixels just outside the box and Pillow's, after a
 crop, does not: with it 0.19 on average at 224 pixels and 0.43 at 32.
 
-With one view only its region of a file is decoded, with more the image is decoded once for all.
+With one view only its region of a file is decoded, with more the image is decoded once for all. Core-milliseconds an
+image on a CPU, for one view by region / whole: Imagenette at 224 0.41 / 0.45, 400 x 500 pixels at 224 1.21 / 1.49,
+CIFAR-10 (JPEG) 0.038 / 0.033.
+
+What costs little here and was tried: splitting one input into the views' regions (as one ``feed_input``) saves 0.1 ms a
+batch of the lock and costs 2.6 of other cores; all views as one output costs a copy.
 """
 
 from __future__ import annotations
