@@ -91,6 +91,8 @@ def as_on_a_gpu() -> Iterator[Watch]:
     from fasttrain.models import cudnn, frozen
     from fasttrain_kernels import apgd, batchnorm, convolution, ntxent, relu
     from fasttrain_kernels.apgd.triton import apgd_step_triton
+    from fasttrain_kernels.augment import gpu as augment
+    from fasttrain_kernels.augment.triton import augment_triton
     from fasttrain_kernels.batchnorm import triton as batchnorm_passes
 
     watch = Watch()
@@ -108,6 +110,7 @@ def as_on_a_gpu() -> Iterator[Watch]:
         mock.patch.object(convolution, "_is_cudnns", lambda x: True),
         mock.patch.object(ntxent, "_resolve", lambda *_: "triton"),
         mock.patch.object(apgd, "_implementation", lambda *_: apgd_step_triton),
+        mock.patch.object(augment, "_implementation", lambda _: augment_triton),
         mock.patch.object(relu, "_resolve", lambda *_: "triton"),
         mock.patch.object(frozen, "_fuses", lambda dtype: False),
         mock.patch.object(cudnn, "fuses", lambda x: x.dtype != torch.float64),

@@ -201,6 +201,7 @@ def test_kernels_are_timed_beside_their_references_and_the_ceilings(tmp_path, ca
         "3 x 3 convolution",
         "APGD step, linf",
         "APGD step, l2",
+        "augmentation",
     }
     double = rows["NT-Xent", "forward, backward, double backward", "ours"]
     assert set(double["errors"]) == {"loss", "gradient", "Hessian product"} and double["agrees"]

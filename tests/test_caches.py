@@ -89,7 +89,8 @@ def test_without_any_place_to_write_there_is_one_line(nowhere, capfd, monkeypatc
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a user without a name")
 def test_a_user_without_a_name_or_a_home_can_import_and_compile():
     """Packages that root installed: nothing of this user's is written beside them."""
-    program = "import fasttrain.data.colour, getpass, matplotlib; matplotlib.get_configdir(); print(getpass.getuser())"
+    modules = "fasttrain_kernels.augment.cpu, getpass, matplotlib"
+    program = f"import {modules}; matplotlib.get_configdir(); print(getpass.getuser())"
     user = {"user": 54321, "group": 54321, "extra_groups": []}
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)

@@ -10,9 +10,12 @@ import torch
 from scipy import ndimage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrain.data import colour
 from fasttrain.data.augment import AugmentConfig, Draws, SimCLR, apply_reference, blur_radius
+from fasttrain.data.finish import FinishOnGpu
+from fasttrain.data.prefetch import Decoded
 from fasttrain_kernels.augment.cpu import colour_cpu
+from fasttrain_kernels.augment.draws import packed
+from fasttrain_kernels.augment.gpu import augment_gpu
 
 SIZES = (8, 9, 37, 64)
 
@@ -49,7 +52,11 @@ def by_numpy(images: np.ndarray, draws: Draws) -> np.ndarray:
 
 
 def by_torch(images: np.ndarray, draws: Draws, device: str = "cpu") -> np.ndarray:
-    return colour.apply_torch(torch.from_numpy(images).to(device), draws).cpu().numpy()
+    pixels = torch.from_numpy(images).to(device)
+    table = torch.from_numpy(packed(draws.take((slice(None), None)))).to(device)
+    out = torch.empty((1, *images.shape), device=device)
+    augment_gpu(pixels, None, None, table, out)
+    return out[0].cpu().numpy()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -137,11 +144,13 @@ def test_all_that_is_drawn_goes_to_a_gpu_in_one_copy():
                 copies.append(tuple(result.shape))
             return result
 
-    images, draws = torch.from_numpy(make_images(48, 32)).to("meta"), make_draws(48, 32)
+    images, draws = make_images(48, 32), make_draws(48, 32)
     assert draws.grey.any() and draws.solarise.any() and (draws.sigma > 0).any()
+    drawn = Draws(*(np.stack([field, field], axis=1) for field in draws))
     with Watch():
-        colour.apply_torch(images, draws)
-    assert copies == [(48, 11 + 1 + blur_radius(32))]
+        decoded = Decoded([images, images], drawn, np.arange(48), np.arange(48))
+        FinishOnGpu(True, torch.device("meta"))(decoded)
+    assert copies == [(48, 32, 32, 3)] * 2 + [(2, 48, 10)] + [(48,)] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -77,7 +77,7 @@ for precision in ("bf16", "tf32"):  # what the tolerance leaves to a tensor core
     how = ntxent._How("auto", precision, 2**15)
     for ours, truth in zip(ntxent._trial("triton", "cpu", how), ntxent._trial("reference", "cpu", how), strict=True):
         assert (ours - truth).norm() < TOLERANCE / 2 * truth.norm(), precision
-for kernel in ("ntxent", "batchnorm", "apgd"):
+for kernel in ("ntxent", "batchnorm", "apgd", "augment.gpu"):
     trial = import_module(f"fasttrain_kernels.{kernel}")._trial
     for ours, truth in zip(trial("triton", "cpu"), trial("reference", "cpu"), strict=True):
         assert (ours - truth).norm() < 1e-5 * truth.norm(), kernel

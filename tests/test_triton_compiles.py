@@ -85,19 +85,24 @@ def test_nt_xent(compiled, dim, precision):
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_registers_suffice_for_nt_xent(compiled, precision, tmp_path):
     """On the kernels of a large batch at d = 128: hardly any number that a thread needs is kept in memory."""
-    from triton.backends import nvidia
-
-    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     _compile(_pairs(128, precision, like=2**15))
     for kernel in compiled:
         assert kernel.metadata.shared <= 99 * 1024
-        if not cuobjdump.exists():
-            pytest.skip("this Triton comes without cuobjdump")
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True)
-        stack = int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1))
+        stack = _usage(kernel, tmp_path)["STACK"]
         assert stack <= 64, f"{kernel.metadata.name}: {stack} bytes"
+
+
+def _usage(kernel, folder: Path) -> dict[str, int]:
+    """REG: a thread's registers; STACK: the bytes of it that lie in memory; and more."""
+    from triton.backends import nvidia
+
+    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True)
+    return {name: int(count) for name, count in re.findall(r"(\w+):(\d+)", usage.stdout + usage.stderr)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
@@ -164,3 +169,19 @@ def test_the_gradient_of_a_relu(compiled, dtype):
 
     before_relu_triton(*torch.zeros(3, 2, 64, 8, 8, dtype=dtype))
     assert "ld.global.v" in compiled[0].asm["ptx"]
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_the_augmentation(compiled, size, tmp_path):
+    from fasttrain_kernels.augment.triton import augment_triton
+
+    table, levels = torch.zeros(2, 3, 10, dtype=torch.int32), torch.zeros(2, 3, size, size, 3, dtype=torch.uint8)
+    place = torch.zeros(3, dtype=torch.long), torch.zeros(3, 2, dtype=torch.int32)
+    augment_triton(levels, None, None, table, levels.float())
+    augment_triton(levels.flatten(), *place, table, levels.float())
+    augment_triton(levels.flatten(), *place, table, levels)
+    usages = [_usage(kernel, tmp_path) for kernel in compiled]
+    assert not any(usage["STACK"] for usage in usages), "what a thread needs stays in registers"
+    assert max(usage["REG"] for usage in usages) <= 64, "four programs at once on a multiprocessor"
+    assert max(kernel.metadata.shared for kernel in compiled) <= 1024
+    assert not any("fma" in kernel.asm["ptx"] for kernel in compiled), "a crop is the batched one to the bit"

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttrain.config import Config
-from fasttrain.data.colour import BLUE, GREEN, RED, rotate_hue
+from fasttrain_kernels.augment.batched import rotate_hue
+from fasttrain_kernels.augment.reference import LUMA
 
 Name = Literal["colour_space", "rotation", "translation", "colour_jitter"]
 
@@ -95,7 +96,7 @@ def translate(images: Tensor, shift: Tensor) -> Tensor:
 def jitter(images: Tensor, change: Tensor) -> Tensor:
     """Brightness, contrast, saturation by factors 1 + c, then hue by c turns, c = ``change`` [B, 4]; 0 is no change.
 
-    :mod:`fasttrain.data.colour` has the formulas; there the order is drawn, here it is this one.
+    The README of ``fasttrain_kernels.augment`` has the formulas; there the order is drawn, here it is this one.
     """
     x = images.movedim(1, -1)
     brightness, contrast, saturation, hue = change.view(-1, 4, 1, 1, 1).unbind(1)
@@ -126,7 +127,7 @@ def _within(*largest: float) -> Callable[[Tensor], Tensor]:
 
 def _luma(x: Tensor) -> Tensor:
     red, green, blue = x.split(1, dim=-1)
-    return red * float(RED) + green * float(GREEN) + blue * float(BLUE)
+    return red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
 
 
 def _away_from(other: Tensor, x: Tensor, change: Tensor) -> Tensor:

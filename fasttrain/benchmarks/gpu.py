@@ -41,6 +41,7 @@ CHOSEN = [
     "tests/test_ntxent_triton.py",
     "tests/test_batchnorm_kernels.py",
     "tests/test_apgd_step.py",
+    "tests/test_augment_triton.py",
     "tests/test_attacks.py",
     "tests/test_colour.py",
     "tests/test_dali.py",

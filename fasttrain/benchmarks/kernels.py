@@ -13,13 +13,15 @@ from torch import Tensor
 
 from fasttrain.benchmarks.cases import OURS, PYTORCH, REFERENCE, Case
 from fasttrain.benchmarks.cases.apgd import apgd_cases
+from fasttrain.benchmarks.cases.augment import augment_cases
 from fasttrain.benchmarks.cases.contrastive import nt_xent_cases, sup_con_cases
 from fasttrain.benchmarks.cases.layers import batchnorm_cases, convolution_cases
 from fasttrain.benchmarks.ceilings import COPY, PRODUCT, Ceilings, ceilings
 from fasttrain.benchmarks.timing import Comparison, Report, StepTiming, alternate_steps, marked, quantity, refused
 from fasttrain.config import Config
+from fasttrain.data.augment import AugmentConfig
 
-Kernel = Literal["nt_xent", "sup_con", "batchnorm", "convolution", "apgd"]
+Kernel = Literal["nt_xent", "sup_con", "batchnorm", "convolution", "apgd", "augment"]
 ROUNDED = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 "Relative error, by the inputs' precision, that always counts as agreement."
 
@@ -36,14 +38,14 @@ class KernelBenchConfig(Config):
     temperature: float = Field(0.1, gt=0)
     "their τ"
     batch: int | None = Field(None, ge=2)
-    """images of the layers' input, and those that APGD attacks; null: 128 on a CPU, on a GPU 2,048 and 256, tensors
-    that no cache holds and beside which a launch is short"""
+    """images of the layers' input, those that APGD attacks and those of which two views are made; null: 128 and 16
+    on a CPU, on a GPU 2,048 and 256, tensors that no cache holds and beside which a launch is short"""
     channels: int = Field(64, ge=1)
     "its channels"
-    size: int = Field(32, ge=3)
-    "its pixels a side"
-    pixels: int = Field(224, ge=1)
-    "those of the images that APGD attacks"
+    size: int = Field(32, ge=8)
+    "its pixels a side, and a small view's"
+    pixels: int = Field(224, ge=8)
+    "those of the images that APGD attacks, and a large view's"
     bf16: bool | None = None
     "time bf16 inputs beside float32 ones; null: on a GPU"
     side: int | None = Field(None, ge=1)
@@ -102,6 +104,16 @@ def cases(config: KernelBenchConfig, device: torch.device) -> Iterator[Case]:
             yield from convolution_cases(*layer)
         if "apgd" in config.kernels and dtype == torch.float32:
             yield from apgd_cases(config.batch or (256 if gpu else 128), config.pixels, device)
+        if "augment" in config.kernels and dtype == torch.float32:
+            yield from _augment_cases(config, device)
+
+
+def _augment_cases(config: KernelBenchConfig, device: torch.device) -> Iterator[Case]:
+    """Small views of images as small, with CIFAR's colours, and large ones of larger images, with ImageNet's."""
+    images = config.batch or (256 if device.type == "cuda" else 16)
+    small, large = AugmentConfig(size=config.size, jitter=0.5, blur=0), AugmentConfig(size=config.pixels)
+    yield from augment_cases(images, (small.size, small.size), small, device)
+    yield from augment_cases(images, (5 * large.size // 3, 9 * large.size // 4), large, device)
 
 
 def dtypes(config: KernelBenchConfig, device: torch.device) -> list[torch.dtype]:

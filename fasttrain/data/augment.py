@@ -70,14 +70,14 @@ class Augmentation(Protocol):
     @property
     def size(self) -> int: ...
 
-    @property
-    def coloured(self) -> bool:
-        """Whether it ever changes colours; else there are but crops and flips."""
-        ...
-
     def draw(self, epoch: int, ids: np.ndarray, sizes: np.ndarray) -> Draws:
         """Draws of samples ``ids`` [n] with source ``sizes`` [n, 2] (height, width) in pixels."""
         ...
+
+
+def coloured(augment: Augmentation) -> bool:
+    """Whether it ever changes colours; one that does not say (``coloured``) is taken to."""
+    return getattr(augment, "coloured", True)
 
 
 @dataclass(frozen=True)
@@ -150,5 +150,6 @@ __all__ = [
     "SimCLR",
     "apply_reference",
     "blur_radius",
+    "coloured",
     "philox",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from fasttrain.data.augment import coloured
 from fasttrain.data.contents import Rows, contents_of
 from fasttrain.data.damage import Bad, is_cut
 from fasttrain.data.finish import make_finish
@@ -59,10 +60,8 @@ class DaliLoader(PrefetchLoader):
         on_gpu, threads = config.colours_on_gpu(device), config.thread_count()
         decoding = device if on_gpu else torch.device("cpu")
         source = DaliSource(catalog, order, augment, decoding, threads, rank, world)
-        if on_gpu:
-            finish = make_finish(augment.coloured, device, threads, on_gpu)
-        else:
-            finish = FinishUncropped(augment, device, threads)
+        colours = coloured(augment)
+        finish = make_finish(colours, device, threads, on_gpu) if on_gpu else FinishUncropped(augment, device, threads)
         super().__init__(source, finish, config, order)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fasttrain.data.augment import coloured
 from fasttrain.data.beton import Beton, decode_payload, has_size, jit, open_beton
 from fasttrain.data.catalog import Catalog
 from fasttrain.data.damage import Bad
@@ -62,7 +63,7 @@ class FfcvLoader(PrefetchLoader):
             )
         beton = open_beton(catalog.beton)
         source = FfcvSource(beton, order, augment, config.thread_count(), rank, world)
-        finish = make_finish(augment.coloured, device, config.thread_count(), config.colours_on_gpu(device))
+        finish = make_finish(coloured(augment), device, config.thread_count(), config.colours_on_gpu(device))
         super().__init__(source, finish, config, order)
 
 

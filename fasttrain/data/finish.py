@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.data import Batch, colour
+from fasttrain.data import Batch
 from fasttrain.data.prefetch import Decoded, Finish, Workers
 from fasttrain_kernels.augment.cpu import colour_cpu
+from fasttrain_kernels.augment.draws import packed
+from fasttrain_kernels.augment.gpu import augment_gpu
 
 
 def make_finish(coloured: bool, device: torch.device, threads: int, on_gpu: bool) -> Finish:
@@ -67,10 +69,13 @@ class FinishOnGpu:
     def __call__(self, decoded: Decoded) -> Batch:
         with self._move.stream():
             views = [self._move.tensor(torch.as_tensor(pixels)) for pixels in decoded.views]
-            if self._coloured:
-                drawn = [decoded.draws.take((slice(None), view)) for view in range(len(views))]
-                views = [colour.apply_torch(*pair) for pair in zip(views, drawn, strict=True)]
-            return self._move(torch.stack(views), decoded)
+            if not self._coloured:
+                return self._move(torch.stack(views), decoded)
+            table = self._move.tensor(torch.from_numpy(packed(decoded.draws)))
+            images = torch.empty((len(views), *views[0].shape), device=table.device)
+            for view, pixels in enumerate(views):
+                augment_gpu(pixels, None, None, table[view : view + 1], images[view : view + 1])
+            return self._move(images, decoded)
 
     def close(self) -> None: ...
 
@@ -97,9 +102,9 @@ class Mover:
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the device; the host does not wait for the copy."""
-        if self._device.type != "cuda" or tensor.is_cuda:
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        if self._stream is not None and not tensor.is_cuda:
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
 
 class Memory:

@@ -60,7 +60,7 @@ def resident_pixels(config: LoaderConfig, catalog: Catalog, order: Order, device
     if auto and catalog.pixels is None and not order.drop_last:
         return None
     for ids in (catalog.indices, order.indices) if order.drop_last or catalog.pixels is not None else (order.indices,):
-        needed = _decoded_bytes(catalog, ids)
+        needed = _decoded_bytes(config, catalog, ids)
         if not (lack := _lack(needed, config.resident_share, device)):
             return _keep(config, catalog, ids, device, said=order.drop_last)
     if auto:
@@ -89,21 +89,16 @@ def file_state(catalog: Catalog, ids: np.ndarray) -> bytes:
 # Whether they fit --------------------------------------------------------------------------------------------------
 
 
-def _decoded_bytes(catalog: Catalog, ids: np.ndarray) -> int:
+def _decoded_bytes(config: LoaderConfig, catalog: Catalog, ids: np.ndarray) -> int:
     """Bytes of the decoded images; where no manifest knows their sizes, as a few files' headers have it."""
     pixels = catalog.sizes[ids].astype(np.int64).prod(axis=1)
     if not pixels.all():
         sampled = ids[np.linspace(0, len(ids) - 1, min(_SAMPLED, len(ids))).astype(int)]
-        found = [size[0] * size[1] for size in (_size_of(catalog, int(index)) for index in sampled) if size]
-        return int(3 * len(ids) * np.mean(found or [0]))
+        sizes, decoding = np.zeros((len(catalog.sizes), 2), np.int32), _FileDecoding(catalog)
+        _in_chunks(config, catalog, sampled, "sizes of", lambda chunk: decoding.measure(chunk, sizes))
+        pixels = sizes[sampled].astype(np.int64).prod(axis=1)
+        return int(3 * len(ids) * pixels.sum() / max(1, np.count_nonzero(pixels)))
     return 3 * int(pixels.sum())
-
-
-def _size_of(catalog: Catalog, index: int) -> tuple[int, int] | None:
-    try:
-        return header_size(catalog.read(index))
-    except (OSError, ValueError):
-        return None
 
 
 def _lack(needed: int, share: float, device: torch.device) -> str | None:

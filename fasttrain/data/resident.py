@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from fasttrain.data import Batch
+from fasttrain.data.augment import Augmentation, coloured
 from fasttrain.data.damage import Bad
 from fasttrain.data.finish import Memory, Mover
 from fasttrain.data.pixels import Pixels, file_state
@@ -29,9 +30,10 @@ from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
 from fasttrain.errors import UsageError
 from fasttrain.printable import printable
 from fasttrain_kernels.augment.cpu import augment_cpu
+from fasttrain_kernels.augment.draws import packed
+from fasttrain_kernels.augment.gpu import augment_gpu
 
 if TYPE_CHECKING:
-    from fasttrain.data.augment import Augmentation
     from fasttrain.data.catalog import Catalog
     from fasttrain.data.loader import LoaderConfig
     from fasttrain.data.order import Order
@@ -53,8 +55,9 @@ class ResidentLoader(PrefetchLoader):
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        config.colours_on_gpu(device)  # refuses what the device cannot do
         source = ResidentSource(catalog, order, augment, pixels, rank, world)
-        finish = _OnGpu if device.type == "cuda" else _OnCpu
+        finish = FusedOnGpu if device.type == "cuda" else FusedOnCpu
         super().__init__(source, finish(pixels, augment, config.thread_count(), device), config, order)
 
 
@@ -124,12 +127,12 @@ class ResidentSource:
             )
 
 
-class _OnCpu:
+class FusedOnCpu:
     """The fused kernel, slices of the batch on several threads: a :class:`~fasttrain.data.prefetch.Finish`."""
 
     def __init__(self, pixels: Pixels, augment: Augmentation, threads: int, device: torch.device) -> None:
         self._pixels, self._data, self._size = pixels, pixels.data.numpy(), augment.size
-        self._type = np.float32 if augment.coloured else np.uint8
+        self._type = np.float32 if coloured(augment) else np.uint8
         self._workers, self._memory, self._move = Workers(threads), Memory(), Mover(device)
 
     def __call__(self, decoded: Decoded) -> Batch:
@@ -150,16 +153,14 @@ class _OnCpu:
         self._workers.close()
 
 
-class _OnGpu:
+class FusedOnGpu:
     """The fused kernel on a stream of its own: a :class:`~fasttrain.data.prefetch.Finish`."""
 
     def __init__(self, pixels: Pixels, augment: Augmentation, threads: int, device: torch.device) -> None:
         self._pixels, self._size, self._device, self._move = pixels, augment.size, device, Mover(device)
-        self._type = torch.float32 if augment.coloured else torch.uint8
+        self._type = torch.float32 if coloured(augment) else torch.uint8
 
     def __call__(self, decoded: Decoded) -> Batch:
-        from fasttrain_kernels.augment import augment_gpu, packed
-
         with self._move.stream():
             drawn = (self._pixels.starts[decoded.ids], self._pixels.sizes[decoded.ids], packed(decoded.draws))
             starts, sizes, table = (self._move.tensor(torch.from_numpy(array)) for array in drawn)
@@ -171,4 +172,4 @@ class _OnGpu:
     def close(self) -> None: ...
 
 
-__all__ = ["ResidentLoader", "ResidentSource"]
+__all__ = ["FusedOnCpu", "FusedOnGpu", "ResidentLoader", "ResidentSource"]

@@ -21,7 +21,7 @@ import numpy as np
 from fasttrain_kernels.caches import private_folder
 
 _POLL = 0.05  # seconds between two looks at whether another process is done
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _SELF = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def host_memory() -> int:
@@ -43,6 +43,7 @@ def shared(key: str, fill: Callable[[Callable[[int], np.ndarray]], bytes]) -> tu
             calls once; it returns what belongs to it. Another process that asks for the key meanwhile waits.
     """
     registry = Path(private_folder(), f"shared-{key}")
+    _forget_others(registry)
     with registry.open("a+") as file:
         _lock(file.fileno())
         holders = _holders(file)
@@ -67,6 +68,16 @@ def shared(key: str, fill: Callable[[Callable[[int], np.ndarray]], bytes]) -> tu
         os.pwrite(descriptor, extra, length)
         _register(file, [[os.getpid(), descriptor, length]])
         return made[0], extra
+
+
+def _forget_others(registry: Path) -> None:
+    """Remove the registries of what nobody holds any more."""
+    for path in registry.parent.glob("shared-*"):
+        with suppress(OSError), path.open("r+") as file:  # OSError: another process is at it
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            key = path.name.partition("-")[2]
+            if path != registry and not any(_is_held(*holder[:2], key) for holder in _holders(file)):
+                path.unlink()
 
 
 def _lock(descriptor: int) -> None:
@@ -94,11 +105,16 @@ def _register(file, holders: list[list[int]]) -> None:
 
 def _open(process: int, descriptor: int, key: str) -> int | None:
     """A descriptor of our own of what another process holds, if it still does."""
-    path = f"/proc/{process}/fd/{descriptor}"
     with suppress(OSError):
-        if os.readlink(path).startswith(f"/memfd:fasttrain-{key}"):
-            return os.open(path, os.O_RDWR)
+        if _is_held(process, descriptor, key):
+            return os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
     return None
+
+
+def _is_held(process: int, descriptor: int, key: str) -> bool:
+    with suppress(OSError):
+        return os.readlink(f"/proc/{process}/fd/{descriptor}").startswith(f"/memfd:fasttrain-{key}")
+    return False
 
 
 def _map(descriptor: int, length: int) -> np.ndarray:
@@ -119,7 +135,7 @@ def _limits() -> list[tuple[int, int]]:
     """(limit, used) in bytes of the control groups around this process; what the file cache could give back is free."""
     found = []
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in _SELF.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers in ("", "memory"):
                 root = _CGROUPS / controllers

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fasttrain.data.augment import coloured
 from fasttrain.data.finish import Memory, Mover
 from fasttrain.data.prefetch import Workers
 from fasttrain_kernels.augment.cpu import augment_cpu
@@ -34,7 +35,7 @@ class FinishUncropped:
     """Slices of the batch on several threads: a :class:`~fasttrain.data.prefetch.Finish`."""
 
     def __init__(self, augment: Augmentation, device: torch.device, threads: int) -> None:
-        self._size, self._type = augment.size, np.float32 if augment.coloured else np.uint8
+        self._size, self._type = augment.size, np.float32 if coloured(augment) else np.uint8
         self._workers, self._memory, self._move = Workers(threads), Memory(), Mover(device)
 
     def __call__(self, decoded: Uncropped) -> Batch:

@@ -41,6 +41,7 @@ SMALL = [
     "run.log_every=1",
     f"run.save_every={INTERVAL}",
     "loader.threads=1",
+    "loader.kind=dali",
     "evaluate.every_epochs=0",
 ]
 ERRORS = ("ENOSPC", "EIO", "EROFS")

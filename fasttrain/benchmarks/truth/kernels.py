@@ -10,10 +10,12 @@ import torch
 
 from fasttrain.benchmarks.cases import NAMES, OURS, PYTORCH, Case
 from fasttrain.benchmarks.cases.apgd import apgd_cases
+from fasttrain.benchmarks.cases.augment import augment_cases
 from fasttrain.benchmarks.cases.contrastive import nt_xent_cases, sup_con_cases
 from fasttrain.benchmarks.cases.layers import batchnorm_cases, convolution_cases
 from fasttrain.benchmarks.kernels import agreement
 from fasttrain.benchmarks.truth.row import Row
+from fasttrain.data.augment import AugmentConfig
 
 TEMPERATURE = 0.2
 TF32 = 2.0**-9
@@ -43,6 +45,8 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     yield from convolution_cases(layer, dtype, device)
     if dtype == torch.float32:
         yield from apgd_cases(32 if gpu else 4, 32 if gpu else 8, device)
+        config = AugmentConfig(size=224 if gpu else 16, grey=0.5, solarise=0.5)
+        yield from augment_cases(32 if gpu else 2, (375, 500) if gpu else (20, 30), config, device)
 
 
 def _judged(cases: Iterator[Case], precision: str, rounded: float | None = None) -> Iterator[Row]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from fasttrain_kernels.augment.crop import jit
+from fasttrain_kernels.augment.reference import LUMA
 
-RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's, which sum to 0.9999
+RED, GREEN, BLUE = map(np.float32, LUMA)  # torchvision's, which sum to 0.9999
 GROUP = 4  # taps to a side that one sweep of the blur adds: more would not fit the registers
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)

@@ -119,7 +119,7 @@ def _stretch_rows(pixels, box, size, first, last, memory):
 def _blend_rows(pixels, box, size, taps, first, last, memory):
     """Of a box that shrinks in a direction: input rows into ``row``, which vectorises, then its columns."""
     starts, weights, rows, strip = memory
-    top, left, height, width = box
+    top, left, _, width = box
     row, begin, end = rows[0], 3 * left, 3 * (left + width)
     second, third, fourth, fifth, sixth = row[1:], row[2:], row[3:], row[4:], row[5:]
     for y in range(first, last):

@@ -7,6 +7,9 @@ from PIL import Image
 
 from fasttrain_kernels.augment.draws import Draws
 
+LUMA = (0.2989, 0.587, 0.114)
+"Of red, green and blue: torchvision's, which sum to 0.9999."
+
 
 def blur_radius(size: int) -> int:
     """Half-width of the blur's kernel: SimCLR's kernel is a tenth of the image, made odd, and at least 3 taps."""
@@ -48,7 +51,7 @@ def apply_reference(image: np.ndarray, draws: Draws, size: int) -> np.ndarray:
 
 
 def _luma(x: np.ndarray) -> np.ndarray:
-    return x @ np.array([[0.2989], [0.587], [0.114]])
+    return x @ np.array(LUMA)[:, None]
 
 
 def _rotate_hue(x: np.ndarray, turns: float) -> np.ndarray:
@@ -76,4 +79,4 @@ def _blur(x: np.ndarray, sigma: float, radius: int) -> np.ndarray:
     return sum(tap * rows[:, k : k + x.shape[1]] for k, tap in enumerate(taps))
 
 
-__all__ = ["apply_reference", "blur_radius"]
+__all__ = ["LUMA", "apply_reference", "blur_radius"]
