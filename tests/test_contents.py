@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain.data.augment import AugmentConfig, CentreCrop, SimCLR
+from fasttrain.data.augment import AugmentConfig, CentreCrop, SimCLR, apply_reference
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.contents import Arrays, Contents, Files, _look, contents_of
 from fasttrain.data.damage import is_cut
@@ -23,7 +23,8 @@ from fasttrain.errors import UsageError
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
-from fasttrain.data.pipelines import Images, OnCpu
+from fasttrain.data import pipelines
+from fasttrain.data.pipelines import Images, OnCpu, OnGpu
 
 SIZE, COUNT, BATCH = 24, 24, 8
 CPU = torch.device("cpu")
@@ -230,6 +231,30 @@ def test_damaged_files_are_decoded_or_refused_alike_whether_padded_or_not():
             assert plain == padded
             refused += plain is None
     assert refused > 20
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_the_gpus_views_on_a_cpu_are_the_references(monkeypatch, views):
+    monkeypatch.setattr(pipelines, "_MIXED", {"device": "cpu"})
+    contents = [array(encode(n, quality=90)) for n in range(BATCH)]
+    sizes, ids = np.array([header_size(content) for content in contents], np.int32), np.arange(BATCH)
+    augment = SimCLR(AugmentConfig(size=SIZE, views=views, jitter=0, grey=0, blur=0), 2)
+    images = Images(ids, contents, np.array([*map(len, contents)]), sizes, augment.draw(0, ids, sizes), [])
+
+    def make() -> OnGpu:
+        return OnGpu(BATCH, 1, None, True, views == 1, views, SIZE)
+
+    (decoding := make()).start(images)
+    for view, pixels in enumerate(decoding.collect(images)):
+        assert pixels.shape == (BATCH, SIZE, SIZE, 3) and pixels.dtype == torch.uint8
+        for n, content in enumerate(contents):
+            whole = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            expected = 255 * apply_reference(whole, images.draws.take((n, view)), SIZE)
+            assert abs(pixels[n].numpy() - expected).mean() < 2.5
+    for lie in (sizes + 1, sizes[:, ::-1]):
+        (decoding := make()).start(images._replace(sizes=lie))
+        with pytest.raises(RuntimeError):
+            decoding.collect(images._replace(sizes=lie))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from fasttrain import distributed
 from fasttrain.benchmarks import lock
 from fasttrain.config import load
 from tests.test_launch import script
@@ -32,6 +33,13 @@ def test_each_kind_of_loader_is_in_the_table(images, tmp_path, capsys, beton):
     assert rows[lock.ALONE]["slower"] == [1.0] and rows[lock.ALONE]["images"] == [0.0]
     assert all(f"| {name} |" in printed for name in rows)
     assert all(rows[name]["images"][0] > 0 and rows[name]["operations"][0] > 0 for name in loaders)
+
+
+def test_a_run_hands_the_lock_on_sooner_than_python_does(monkeypatch):
+    intervals = []
+    monkeypatch.setattr(distributed.sys, "setswitchinterval", intervals.append)
+    distributed.initialize("cpu")
+    assert intervals == [distributed.SWITCH_INTERVAL] and distributed.SWITCH_INTERVAL < 0.001
 
 
 def test_work_beside_runs_in_a_thread_of_its_own_and_its_failure_is_raised():

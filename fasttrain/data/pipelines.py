@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from fasttrain.data.damage import Bad
 
 
+_MIXED = dict(device="mixed", hw_decoder_load=1.0)
+"""On a GPU. By default a share of each batch goes to the JPEG engines, the rest to another decoder, and an image could
+depend, by a grey level, on its place in the batch. At 1 the engines take all that they can."""
+
+
 class Images(NamedTuple):
     """What is shown in a batch."""
 
@@ -137,16 +142,14 @@ class OnCpu(_Pipeline):
 
     def collect(self, images: Images) -> Whole:
         decoded, *found = self._outputs()
-        shapes = np.array(decoded.shape(), np.int32)
+        shapes, sizes, draws = np.array(decoded.shape(), np.int32), images.sizes, images.draws
         if self._regional:
-            extents = images.draws.boxes[:, 0, 2:]
-            _check(np.asarray(found[0].as_tensor())[:, :2], images.sizes)
-            _check(shapes[:, :2], extents)
-            boxes = np.concatenate([np.zeros_like(extents), extents], axis=1)[:, None]
-            images = images._replace(sizes=shapes[:, :2], draws=images.draws._replace(boxes=boxes))
-        _check(shapes[:, :2], images.sizes)
+            _check(np.asarray(found[0].as_tensor())[:, :2], sizes)
+            sizes = np.ascontiguousarray(draws.boxes[:, 0, 2:])
+            draws = draws._replace(boxes=np.concatenate([np.zeros_like(sizes), sizes], axis=1)[:, None])
+        _check(shapes[:, :2], sizes)
         pixels = np.asarray(decoded.as_reshaped_tensor([int(shapes.prod(axis=1, dtype=np.int64).sum())]))
-        return Whole.of(pixels, np.ascontiguousarray(images.sizes), images.draws)
+        return Whole.of(pixels, sizes, draws)
 
 
 class OnGpu(_Pipeline):
@@ -160,13 +163,10 @@ class OnGpu(_Pipeline):
 
     def _define(self) -> tuple[DataNode, ...]:
         content, found = self._contents(1 if self._encoded else 3), []
-        # By default a share of each batch goes to the JPEG engines and the rest to another decoder, and an image could
-        # depend, by a grey level, on its place in the batch. At 1 the engines take all that they can.
-        decoding = dict(device="mixed", hw_decoder_load=1.0)
         if self._regional:
-            images, *found = _region(content, **decoding)
+            images, *found = _region(content, **_MIXED)
         elif self._encoded:
-            images = fn.decoders.image(content, **decoding, **DECODING)
+            images = fn.decoders.image(content, **_MIXED, **DECODING)
             found = [images.shape()]
             # costs nothing, and fails where there are more or fewer pixels than the header says
             images = fn.reshape(images, shape=_external("shape", types.INT32, 1))
