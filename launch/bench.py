@@ -5,6 +5,7 @@
   python launch/bench.py loader data.root=/data/imagenet beton=/data/imagenet-ffcv/train.beton
                                                      ours beside torchvision, kornia, lightly, solo-learn, DALI, FFCV
   python launch/bench.py loader data.root=/data/cifar.beton loader.kind=ffcv peers=[ffcv] augment.size=32 augment.blur=0
+  python launch/bench.py lock data.root=/data/imagenet       what the loaders take of the interpreter's lock
   python launch/bench.py step                        penalties, adversarial views, FARE
   python launch/bench.py attack precision=fp32       APGD on the embedding distance; AutoAttack and its parts
   python launch/bench.py train configs/pretrain/simclr_cifar10.yaml data.root=/data/cifar-10-batches-py
@@ -34,6 +35,7 @@ from fasttrain.benchmarks.autoattack import AttacksBenchConfig, compare_all
 from fasttrain.benchmarks.gpu import GpuBenchConfig, run_parts
 from fasttrain.benchmarks.kernels import KernelBenchConfig, compare_kernels
 from fasttrain.benchmarks.loader import LoaderBenchConfig, compare_loaders
+from fasttrain.benchmarks.lock import LockBenchConfig, compare_lock
 from fasttrain.environment import hardware, versions
 from fasttrain.benchmarks.record import Record
 from fasttrain.benchmarks.step import StepBenchConfig, compare_steps
@@ -52,8 +54,8 @@ import torch
 class BenchConfig(Config):
     """What to time, how often."""
 
-    task: Literal["kernels", "loader", "step", "attack", "all", "train", "truth", "gpu"]
-    "kernels, loader, step, attack, or all of these; train, truth or gpu; the first argument"
+    task: Literal["kernels", "loader", "step", "attack", "all", "lock", "train", "truth", "gpu"]
+    "kernels, loader, step, attack, or all of these; lock, train, truth or gpu; the first argument"
     rounds: int = Field(5, ge=1)
     "rounds of each contestant"
     quick: bool = False
@@ -70,6 +72,10 @@ class KernelBench(BenchConfig, KernelBenchConfig):
 
 class LoaderBench(BenchConfig, LoaderBenchConfig):
     """What to load."""
+
+
+class LockBench(BenchConfig, LockBenchConfig):
+    """What to load beside."""
 
 
 class StepBench(BenchConfig, StepBenchConfig):
@@ -160,6 +166,7 @@ TINY_RUN = {
 TASKS = {
     "kernels": Task(KernelBench, compare_kernels, TINY_KERNELS),
     "loader": Task(LoaderBench, compare_loaders, {"batch": 8, "batches": 2}),
+    "lock": Task(LockBench, compare_lock, {"batch": 8, "seconds": 0.1}),
     "step": Task(StepBench, compare_steps, TINY),
     "attack": Task(AttackBench, compare_all, TINY | TINY_SEARCH),
     "train": Task(TrainBench, train, TINY_RUN),

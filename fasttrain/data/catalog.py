@@ -121,7 +121,8 @@ class Catalog:
             ValueError: it has not as many bytes as when its manifest was made.
         """
         if self.names is not None:
-            content = np.fromfile(self.path(index), np.uint8)
+            with open(self.path(index), "rb", buffering=0) as file:  # takes half the time of np.fromfile
+                content = np.frombuffer(file.read(), np.uint8)
             if self.nbytes is not None and len(content) != self.nbytes[index]:
                 before = self.nbytes[index]
                 raise ValueError(f"changed since the manifest was made: {len(content):,} bytes, not {before:,}")
