@@ -19,11 +19,11 @@ import torch
 from fasttrain.data.augment import coloured
 from fasttrain.data.contents import Rows, contents_of
 from fasttrain.data.damage import Bad, is_cut
-from fasttrain.data.finish import make_finish
+from fasttrain.data.finish import FinishOnGpu
 from fasttrain.data.header import header_size
-from fasttrain.data.pipelines import Images, OnCpu, OnGpu, Undecoded, Whole
+from fasttrain.data.pipelines import Images, OnCpu, OnGpu, Undecoded
 from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
-from fasttrain.data.uncropped import FinishUncropped, Uncropped
+from fasttrain.data.uncropped import CropOnCpu, Uncropped, Whole
 from fasttrain.data.verify import examine
 from fasttrain.errors import UsageError
 
@@ -60,8 +60,7 @@ class DaliLoader(PrefetchLoader):
         on_gpu, threads = config.colours_on_gpu(device), config.thread_count()
         decoding = device if on_gpu else torch.device("cpu")
         source = DaliSource(catalog, order, augment, decoding, threads, rank, world)
-        colours = coloured(augment)
-        finish = make_finish(colours, device, threads, on_gpu) if on_gpu else FinishUncropped(augment, device, threads)
+        finish = FinishOnGpu(coloured(augment), device) if on_gpu else CropOnCpu(augment, device, threads)
         super().__init__(source, finish, config, order)
 
 

@@ -28,7 +28,7 @@ from fasttrain.data.augment import coloured
 from fasttrain.data.beton import Beton, decode_payload, has_size, jit, open_beton
 from fasttrain.data.catalog import Catalog
 from fasttrain.data.damage import Bad
-from fasttrain.data.finish import make_finish
+from fasttrain.data.finish import FinishOnCpu, FinishOnGpu
 from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
 from fasttrain.errors import UsageError
 from fasttrain_kernels.augment.crop import crop_memory, crop_view
@@ -63,7 +63,9 @@ class FfcvLoader(PrefetchLoader):
             )
         beton = open_beton(catalog.beton)
         source = FfcvSource(beton, order, augment, config.thread_count(), rank, world)
-        finish = make_finish(coloured(augment), device, config.thread_count(), config.colours_on_gpu(device))
+        colours, threads = coloured(augment), config.thread_count()
+        on_gpu = config.colours_on_gpu(device)
+        finish = FinishOnGpu(colours, device) if on_gpu else FinishOnCpu(colours, device, threads)
         super().__init__(source, finish, config, order)
 
 

@@ -13,22 +13,10 @@ import torch
 from torch import Tensor
 
 from fasttrain.data import Batch
-from fasttrain.data.prefetch import Decoded, Finish, Workers
+from fasttrain.data.prefetch import Decoded, Produced, Workers
 from fasttrain_kernels.augment.cpu import colour_cpu
 from fasttrain_kernels.augment.draws import packed
 from fasttrain_kernels.augment.gpu import augment_gpu
-
-
-def make_finish(coloured: bool, device: torch.device, threads: int, on_gpu: bool) -> Finish:
-    """What a :class:`~fasttrain.data.prefetch.PrefetchLoader` does with what its source decoded.
-
-    Args:
-        coloured: the augmentation changes colours.
-        device: where batches are to lie.
-        threads: of this rank.
-        on_gpu: colours are changed there; else on the CPU, before the batch goes to ``device``.
-    """
-    return FinishOnGpu(coloured, device) if on_gpu else FinishOnCpu(coloured, device, threads)
 
 
 class FinishOnCpu:
@@ -87,7 +75,7 @@ class Mover:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, images: Tensor, decoded: Decoded) -> Batch:
+    def __call__(self, images: Tensor, decoded: Produced) -> Batch:
         """The batch of ``images`` [V, B, size, size, 3]; after it the decoder's buffers may be used again."""
         labels, ids = torch.tensor(decoded.labels), torch.tensor(decoded.ids)
         with self.stream():
@@ -127,4 +115,4 @@ class Memory:
         return torch.from_numpy(lent)
 
 
-__all__ = ["FinishOnCpu", "FinishOnGpu", "Memory", "Mover", "make_finish"]
+__all__ = ["FinishOnCpu", "FinishOnGpu", "Memory", "Mover"]

@@ -23,6 +23,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from fasttrain.data.decoder import DECODING
+from fasttrain.data.uncropped import Whole
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -53,20 +54,6 @@ class Images(NamedTuple):
         one = slice(row, row + 1)
         fields = (self.ids[one], self.contents[one], self.lengths[one], self.sizes[one], self.draws.take(one))
         return Images(*fields, [])
-
-
-class Whole(NamedTuple):
-    """Images that are not cropped yet, in one piece of memory."""
-
-    pixels: np.ndarray  # uint8 [bytes]: image n is [H, W, 3] from starts[n] on
-    starts: np.ndarray  # [B] int64
-    sizes: np.ndarray  # [B, 2] int32 (height, width)
-    draws: Draws  # [B, V], their boxes within these sizes
-
-    @staticmethod
-    def of(pixels: np.ndarray, sizes: np.ndarray, draws: Draws) -> Whole:
-        nbytes = 3 * sizes.prod(axis=1, dtype=np.int64)
-        return Whole(pixels, np.cumsum(nbytes) - nbytes, sizes, draws)
 
 
 class Decoding(Protocol):
@@ -231,4 +218,4 @@ def _check(found: np.ndarray, said: np.ndarray) -> None:
         raise RuntimeError("an image has another size than its header says")
 
 
-__all__ = ["Decoding", "Images", "OnCpu", "OnGpu", "Undecoded", "Whole"]
+__all__ = ["Decoding", "Images", "OnCpu", "OnGpu", "Undecoded"]

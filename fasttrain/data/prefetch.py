@@ -44,6 +44,14 @@ class Decoded(NamedTuple):
     bad: Sequence[Bad] = ()  # those that cannot be
 
 
+class Produced(Protocol):
+    """One rank's part of a micro-batch: :class:`Decoded`, or what another :class:`Finish` is made for."""
+
+    labels: np.ndarray  # [B] int64
+    ids: np.ndarray  # [B] int64, of the images shown
+    bad: Sequence[Bad]  # those that cannot be
+
+
 class Source(Protocol):
     """What a loader has of its own. Called from one thread at a time, but for ``reading``."""
 
@@ -54,7 +62,7 @@ class Source(Protocol):
         """Forget what is under way: ``position`` is produced next, then those after it up to ``end``."""
         ...
 
-    def produce(self, position: int) -> Decoded:
+    def produce(self, position: int) -> Produced:
         """This rank's part of global micro-batch ``position``."""
         ...
 
@@ -68,7 +76,7 @@ class Source(Protocol):
 class Finish(Protocol):
     """Makes the batch of what a source decoded: colours, and the way to the device. Called from one thread."""
 
-    def __call__(self, decoded: Decoded) -> Batch:
+    def __call__(self, decoded: Produced) -> Batch:
         """``images`` may be uint8, grey levels, where no colours are changed."""
         ...
 
@@ -228,4 +236,4 @@ def _shorten(paths: list[str], most: int = 3) -> str:
     return ", ".join(f"'{path}'" for path in paths[:most]) + more if paths else "(nothing: the decoder itself hangs)"
 
 
-__all__ = ["Decoded", "Finish", "PrefetchLoader", "Source", "Workers"]
+__all__ = ["Decoded", "Finish", "PrefetchLoader", "Produced", "Source", "Workers"]

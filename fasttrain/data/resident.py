@@ -5,8 +5,8 @@
     files ── decode once ── uint8, one copy a host ── (a GPU: one there) ─┐
     Order.share ── draws, a batch ahead ──────────────────────────────────┴─ crop, resize, flip, colours ── Batch
 
-The order, the draws and what is shown for a bad image are those of the other loaders. From raw pixels its images are
-FFCV's to the bit; from JPEG they are DALI's decoder's, cropped as FFCV's are: 0.2 grey levels from the plain reference.
+The order, the draws and what is shown for a bad image are those of the other loaders. On a CPU so are the images, to
+the bit: DALI's of files, FFCV's of a .beton; 0.2 grey levels from the plain reference.
 
 The copy is made at the start, with a bar, and is of the files as they were then: one that changes later is told of.
 Ranks of a host, loaders of a process and jobs side by side share it; it ends with the last of them.
@@ -22,19 +22,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fasttrain.data import Batch
-from fasttrain.data.augment import Augmentation, coloured
 from fasttrain.data.damage import Bad
-from fasttrain.data.finish import Memory, Mover
 from fasttrain.data.pixels import Pixels, file_state
-from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
+from fasttrain.data.prefetch import PrefetchLoader, Workers
+from fasttrain.data.uncropped import CropOnCpu, CropOnGpu, Uncropped, Whole
 from fasttrain.errors import UsageError
 from fasttrain.printable import printable
-from fasttrain_kernels.augment.cpu import augment_cpu
-from fasttrain_kernels.augment.draws import packed
-from fasttrain_kernels.augment.gpu import augment_gpu
 
 if TYPE_CHECKING:
+    from fasttrain.data.augment import Augmentation
     from fasttrain.data.catalog import Catalog
     from fasttrain.data.loader import LoaderConfig
     from fasttrain.data.order import Order
@@ -60,8 +56,9 @@ class ResidentLoader(PrefetchLoader):
     ) -> None:
         config.colours_on_gpu(device)  # refuses what the device cannot do
         source = ResidentSource(catalog, order, augment, pixels, rank, world)
-        finish = FusedOnGpu if device.type == "cuda" else FusedOnCpu
-        super().__init__(source, finish(pixels, augment, config.thread_count(), device), config, order)
+        on_gpu = device.type == "cuda"
+        finish = CropOnGpu(augment, device) if on_gpu else CropOnCpu(augment, device, config.thread_count())
+        super().__init__(source, finish, config, order)
 
 
 class ResidentSource:
@@ -74,6 +71,7 @@ class ResidentSource:
     ) -> None:
         self._catalog, self._order, self._augment, self._pixels = catalog, order, augment, pixels
         self._rank, self._world = rank, world
+        self._data = pixels.data if pixels.data.is_cuda else pixels.data.numpy()
         self._is_bad = np.zeros(len(catalog.labels), bool)
         self._is_bad[list(pixels.bad)] = True
         self._workers = Workers(1)
@@ -83,7 +81,7 @@ class ResidentSource:
     def seek(self, position: int, end: int | None) -> None:
         self._planned = self._workers.submit(self._plan, position)
 
-    def produce(self, position: int) -> Decoded:
+    def produce(self, position: int) -> Uncropped:
         """This rank's part of global micro-batch ``position``.
 
         Raises:
@@ -102,13 +100,14 @@ class ResidentSource:
     def close(self) -> None:
         self._workers.close()
 
-    def _plan(self, position: int) -> Decoded:
+    def _plan(self, position: int) -> Uncropped:
         epoch, wanted = self._order.share(position, self._rank, self._world)
         ids, bad = np.array(wanted), []
         for row in np.flatnonzero(self._is_bad[ids]):
             ids[row] = self._instead(epoch, ids[row], bad)
         draws = self._augment.draw(epoch, ids, self._pixels.sizes[ids])
-        return Decoded((), draws, self._catalog.labels[ids], ids, bad)
+        whole = Whole(self._data, self._pixels.starts[ids], self._pixels.sizes[ids], draws)
+        return Uncropped(whole, self._catalog.labels[ids], ids, bad)
 
     def _instead(self, epoch: int, index: int, bad: list[Bad]) -> int:
         """The first good one of an image's :meth:`Order.candidates`; those before it are added to ``bad``."""
@@ -131,49 +130,4 @@ class ResidentSource:
             )
 
 
-class FusedOnCpu:
-    """The fused kernel, slices of the batch on several threads: a :class:`~fasttrain.data.prefetch.Finish`."""
-
-    def __init__(self, pixels: Pixels, augment: Augmentation, threads: int, device: torch.device) -> None:
-        self._pixels, self._data, self._size = pixels, pixels.data.numpy(), augment.size
-        self._type = np.float32 if coloured(augment) else np.uint8
-        self._workers, self._memory, self._move = Workers(threads), Memory(), Mover(device)
-
-    def __call__(self, decoded: Decoded) -> Batch:
-        ids, draws = decoded.ids, decoded.draws
-        images = self._memory.take((draws.flip.shape[1], len(ids), self._size, self._size, 3), self._type)
-        starts, sizes = self._pixels.starts[ids], self._pixels.sizes[ids]
-
-        out = images.numpy()
-
-        def work(part: slice) -> None:
-            augment_cpu(self._data, starts[part], sizes[part], draws.take(part), out, part.start)
-
-        for done in self._workers.over_slices(work, len(ids)):
-            done.result()
-        return self._move(images, decoded)
-
-    def close(self) -> None:
-        self._workers.close()
-
-
-class FusedOnGpu:
-    """The fused kernel on a stream of its own: a :class:`~fasttrain.data.prefetch.Finish`."""
-
-    def __init__(self, pixels: Pixels, augment: Augmentation, threads: int, device: torch.device) -> None:
-        self._pixels, self._size, self._device, self._move = pixels, augment.size, device, Mover(device)
-        self._type = torch.float32 if coloured(augment) else torch.uint8
-
-    def __call__(self, decoded: Decoded) -> Batch:
-        with self._move.stream():
-            drawn = (self._pixels.starts[decoded.ids], self._pixels.sizes[decoded.ids], packed(decoded.draws))
-            starts, sizes, table = (self._move.tensor(torch.from_numpy(array)) for array in drawn)
-            shape = (*table.shape[:2], self._size, self._size, 3)
-            images = torch.empty(shape, dtype=self._type, device=self._device)
-            augment_gpu(self._pixels.data, starts, sizes, table, images)
-            return self._move(images, decoded)
-
-    def close(self) -> None: ...
-
-
-__all__ = ["FusedOnCpu", "FusedOnGpu", "ResidentLoader", "ResidentSource"]
+__all__ = ["ResidentLoader", "ResidentSource"]

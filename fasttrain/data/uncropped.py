@@ -1,25 +1,41 @@
-"""Images that DALI decoded on a CPU -> the batch: crop, resize, flip and colours in one pass of the fused kernel."""
+"""Decoded images -> the batch: crop, resize, flip and colours in one pass of a fused kernel."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from fasttrain.data.augment import coloured
 from fasttrain.data.finish import Memory, Mover
 from fasttrain.data.prefetch import Workers
 from fasttrain_kernels.augment.cpu import augment_cpu
+from fasttrain_kernels.augment.draws import packed
+from fasttrain_kernels.augment.gpu import augment_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
+    from torch import Tensor
 
     from fasttrain.data import Batch
-    from fasttrain.data.augment import Augmentation
+    from fasttrain.data.augment import Augmentation, Draws
     from fasttrain.data.damage import Bad
-    from fasttrain.data.pipelines import Whole
+
+
+class Whole(NamedTuple):
+    """Images that are not cropped yet, in one piece of memory."""
+
+    pixels: np.ndarray | Tensor  # uint8 [bytes], where they are cropped: image n is [H, W, 3] from starts[n] on
+    starts: np.ndarray  # [B] int64
+    sizes: np.ndarray  # [B, 2] int32 (height, width)
+    draws: Draws  # [B, V], their boxes within these sizes
+
+    @staticmethod
+    def of(pixels: np.ndarray, sizes: np.ndarray, draws: Draws) -> Whole:
+        nbytes = 3 * sizes.prod(axis=1, dtype=np.int64)
+        return Whole(pixels, np.cumsum(nbytes) - nbytes, sizes, draws)
 
 
 class Uncropped(NamedTuple):
@@ -31,8 +47,8 @@ class Uncropped(NamedTuple):
     bad: Sequence[Bad] = ()  # those that cannot be
 
 
-class FinishUncropped:
-    """Slices of the batch on several threads: a :class:`~fasttrain.data.prefetch.Finish`."""
+class CropOnCpu:
+    """Slices of the batch on several threads."""
 
     def __init__(self, augment: Augmentation, device: torch.device, threads: int) -> None:
         self._size, self._type = augment.size, np.float32 if coloured(augment) else np.uint8
@@ -54,4 +70,24 @@ class FinishUncropped:
         self._workers.close()
 
 
-__all__ = ["FinishUncropped", "Uncropped"]
+class CropOnGpu:
+    """On a stream of its own."""
+
+    def __init__(self, augment: Augmentation, device: torch.device) -> None:
+        self._size, self._type = augment.size, torch.float32 if coloured(augment) else torch.uint8
+        self._move = Mover(device)
+
+    def __call__(self, decoded: Uncropped) -> Batch:
+        pixels, *drawn = decoded.whole
+        with self._move.stream():
+            places = (*drawn[:2], packed(drawn[2]))
+            starts, sizes, table = (self._move.tensor(torch.from_numpy(array)) for array in places)
+            shape = (*table.shape[:2], self._size, self._size, 3)
+            images = torch.empty(shape, dtype=self._type, device=pixels.device)
+            augment_gpu(pixels, starts, sizes, table, images)
+            return self._move(images, decoded)
+
+    def close(self) -> None: ...
+
+
+__all__ = ["CropOnCpu", "CropOnGpu", "Uncropped", "Whole"]
