@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fasttrain.data.augment import coloured
+from fasttrain.data.contents import slices
 from fasttrain.data.finish import Memory, Mover
 from fasttrain.data.prefetch import Workers
 from fasttrain_kernels.augment.cpu import augment_cpu
@@ -46,7 +47,7 @@ class FinishUncropped:
         def work(part: slice) -> None:
             augment_cpu(pixels, starts[part], sizes[part], draws.take(part), out, part.start)
 
-        for done in self._workers.over_slices(work, len(starts)):
+        for done in [self._workers.submit(work, part) for part in slices(len(starts), self._workers.count)]:
             done.result()
         return self._move(images, decoded)
 
