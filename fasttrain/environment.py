@@ -27,6 +27,8 @@ DISTRIBUTIONS = {
     "numba": "numba",
     "DeepSpeed": "deepspeed",
     "FFCV": "ffcv",
+    "torchvision": "torchvision",
+    "kornia": "kornia",
     "lightly": "lightly",
     "solo-learn": "solo-learn",
     "pytorch-metric-learning": "pytorch-metric-learning",

@@ -2,8 +2,9 @@
 
   python launch/bench.py gpu                         a new machine: facts, tests, truth, benchmarks, in 8 minutes
   python launch/bench.py kernels                     each kernel and pass beside PyTorch and peers, against ceilings
-  python launch/bench.py loader data.root=/data/imagenet                  our DALI loader beside a bare DALI pipeline
-  python launch/bench.py loader data.root=/data/cifar.beton loader.kind=ffcv augment.size=32 augment.blur=0
+  python launch/bench.py loader data.root=/data/imagenet beton=/data/imagenet-ffcv/train.beton
+                                                     ours beside torchvision, kornia, lightly, solo-learn, DALI, FFCV
+  python launch/bench.py loader data.root=/data/cifar.beton loader.kind=ffcv peers=[ffcv] augment.size=32 augment.blur=0
   python launch/bench.py lock data.root=/data/imagenet       what the loaders take of the interpreter's lock
   python launch/bench.py step                        penalties, adversarial views, FARE
   python launch/bench.py attack precision=fp32       APGD on the embedding distance; AutoAttack and its parts

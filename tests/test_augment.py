@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import stats
 from fasttrain.config import resolve
 from fasttrain.data.augment import AugmentConfig, CentreCrop, Draws, SimCLR, blur_radius, philox
 from fasttrain.errors import UsageError
+from fasttrain_kernels.augment.draws import packed, unpacked
 
 
 def test_philox_is_numpys_bit_for_bit():
@@ -20,6 +22,12 @@ def test_philox_is_numpys_bit_for_bit():
         before = counter - np.array([1, 0, 0, 0], np.uint64)  # NumPy counts up, then computes
         expected = np.random.Philox(key=key, counter=before).random_raw(4)
         assert [int(word[0]) for word in philox(tuple(key), *counter)] == expected.tolist()
+
+
+def test_the_table_of_the_kernels_holds_every_draw():
+    draws = SimCLR(AugmentConfig(views=3, solarise=0.3), 1).draw(2, np.arange(20), np.full((20, 2), 50))
+    assert packed(draws).shape == (3, 20, 10)
+    assert_equal(unpacked(packed(draws)), draws)
 
 
 def test_philox_takes_arrays_of_counters():
@@ -89,6 +97,33 @@ def before(counter):
     """The counter one less, as one number of four words, the first the lowest."""
     number = (sum(int(word) << (64 * place) for place, word in enumerate(counter)) - 1) % 2**256
     return np.array([number >> (64 * place) & (2**64 - 1) for place in range(4)], np.uint64)
+
+
+def test_what_else_is_drawn_are_numpys_numbers():
+    """Compiled, against NumPy's generator at our counters: to the bit."""
+    config, seed, epoch = AugmentConfig(jitter=0.7, solarise=0.3), 2**32 - 1, 9
+    draws = SimCLR(config, seed).draw(epoch, np.arange(200), np.full((200, 2), 40))
+    key, orders = np.array([seed, 0x6175676D656E7400 + epoch], np.uint64), list(permutations(range(4)))
+    for sample, view in np.ndindex(200, 2):
+        state = np.array([1, view, sample, 0], np.uint64)
+        u = np.random.Generator(np.random.Philox(key=key, counter=before(state))).random(12)
+        spread = 0.8 * config.jitter * (u[1] < config.jitter_p)
+        low, high = max(0, 1 - spread), 1 + spread
+        expected = {
+            "flip": u[0] < config.flip,
+            "brightness": np.float32(low + (high - low) * u[2]),
+            "contrast": np.float32(low + (high - low) * u[3]),
+            "saturation": np.float32(low + (high - low) * u[4]),
+            "hue": np.float32(0.2 * config.jitter * (u[1] < config.jitter_p) * (2 * u[5] - 1)),
+            "order": list(orders[int(24 * u[6])]),
+            "grey": u[7] < config.grey,
+            "sigma": np.float32(0.1 + (2.0 - 0.1) * u[9] if u[8] < config.blur else 0),
+            "solarise": u[10] < config.solarise,
+        }
+        drawn = draws.take((sample, view))._asdict()
+        assert {name: drawn[name].tolist() for name in expected} == {
+            name: value if isinstance(value, list) else value.item() for name, value in expected.items()
+        }
 
 
 def test_distributions_are_the_stated_ones():

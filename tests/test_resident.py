@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from fasttrain.data import pixels as resident
+from fasttrain.data import resident as resident_loader
 from fasttrain.data.augment import AugmentConfig, CentreCrop, SimCLR, apply_reference
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
 from fasttrain.data.loader import Loader, LoaderConfig, make_loader
@@ -219,6 +220,7 @@ def test_the_oldest_gives_way(images, loaders, monkeypatch):
 
 
 def test_files_are_decoded_once_until_they_change(loaders, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(resident_loader, "_LOOK_EVERY", 0.0)
     catalog, order = catalog_of(write_images(tmp_path)), Order(np.arange(COUNT), 0, 8)
     read, original = [], Catalog.read
     monkeypatch.setattr(Catalog, "read", lambda self, index: read.append(index) or original(self, index))

@@ -114,7 +114,8 @@ def parts_of(rounds: int, tiny: bool, folder: Path, script: Path, pictures: Path
         return [sys.executable, "-m", "fasttrain.benchmarks.pictures", str(pictures / str(side)), *sizes]
 
     def loader(side: int, *arguments: str) -> list[str]:
-        given = [f"data.root={pictures / str(side)}", *arguments, *([] if tiny else ["batches=16"])]
+        given = [f"data.root={pictures / str(side)}", "peers=[kornia,dali]", *arguments]
+        given += [] if tiny else ["batches=16"]
         return bench("loader", *given, result=f"loader{side}")
 
     cifar = ["augment.size=32", "augment.jitter=0.5", "augment.blur=0", *([] if tiny else ["batch=512"])]

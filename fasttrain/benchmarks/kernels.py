@@ -172,7 +172,7 @@ def agreement(case: Case, rounded: float | None = None) -> tuple[dict[str, Error
         if (reason := refused(partial(measure, name), raises=name == OURS)) is not None:
             refusals[name] = reason
     usual = distances.get(PYTORCH, [0.0] * len(truth))
-    allowed = [max(rounded or ROUNDED[case.dtype], 2 * error) for error in usual]
+    allowed = [max(rounded or case.rounded or ROUNDED[case.dtype], 2 * error) for error in usual]
     return {
         name: Error(found, all(error <= most for error, most in zip(found, allowed, strict=True)))
         for name, found in distances.items()

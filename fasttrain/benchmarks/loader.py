@@ -1,170 +1,139 @@
-"""Our loaders beside bare DALI and FFCV pipelines that decode, crop, flip and colour the same files."""
+"""Our loaders beside others that decode, crop, flip and colour the same images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from fasttrain.benchmarks.loader_peers import Peer, PeerName, importable, reason
+from fasttrain.benchmarks.loader_work import Epoch, Work
 from fasttrain.benchmarks.timing import Report, alternate, table
-from fasttrain.config import Config
-from fasttrain.data.augment import AugmentConfig, SimCLR, blur_radius
-from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
+from fasttrain.config import Config, PathText
+from fasttrain.data.augment import AugmentConfig, SimCLR
+from fasttrain.data.catalog import DataConfig, open_catalog
 from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
 from fasttrain.errors import UsageError
 
+Kind = Literal["resident", "dali", "ffcv"]
+
 
 class LoaderBenchConfig(Config):
-    """What to load."""
+    """What to load, by whom."""
 
     batch: int = Field(128, ge=1)
     "images a batch"
     batches: int = Field(20, ge=1)
     "batches a round"
+    loaders: tuple[Kind, ...] = ()
+    "ours; none given: loader.kind's, and where that is auto all that the data allows"
+    peers: tuple[PeerName, ...] = get_args(PeerName)
+    "others, of those that can be imported"
+    beton: PathText | None = None
+    "an FFCV file of the same images, for FFCV's loader and ours; null: data.root where that is one"
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     loader: LoaderConfig = LoaderConfig()
 
 
 def compare_loaders(config: LoaderBenchConfig, rounds: int) -> Iterator[Report]:
-    """Images (not views) a second: ours with all of the augmentation and without colour, the bare pipeline likewise.
+    """Images (not views) a second of everyone with all of the augmentation, and with crop and flip alone.
 
-    Yields after every round.
+    A round is an epoch of the same images, in as large batches, by as many threads or worker processes, until the views
+    lie on the device. Who cannot be imported, or cannot do the work, is left out and named. Yields after every round.
 
-    Ours deliver float32 in [0, 1]; the bare ones uint8. FFCV has no colour jitter of its own, so its bare pipeline is
-    timed without colour only.
+    Raises:
+        UsageError: ``loader.kind`` names a loader that cannot do it, ``beton`` is of other images, or nobody is left.
     """
-    catalog = open_catalog(config.data, "train")
-    augment, loader, batch = config.augment, config.loader, config.batch
-    count = min(len(catalog), batch * config.batches)
-    picked = np.sort(np.random.default_rng(0).choice(catalog.indices, count, replace=False))
-    plain = augment.model_copy(update={"jitter_p": 0.0, "grey": 0.0, "blur": 0.0, "solarise": 0.0})
+    with ExitStack() as closing:
+        work = _work(config, Path(closing.enter_context(TemporaryDirectory(prefix="fasttrain-bench-"))))
+        runs: dict[str, Callable[[], int]] = {}
+        closing.callback(runs.clear)  # the threads and processes of others end with them
+        gives: dict[str, str] = {}
+        peers, missing = importable(config.peers)
+        for name, build, needed in _candidates(config, work, peers, closing):
+            try:
+                runs[name], gives[name] = _contestant(build, config.augment, work.device)
+            except Exception as error:
+                if needed:
+                    raise
+                missing[reason(error)].append(name)
+        absent = [f"{'; '.join(names)}: left out, {why}" for why, names in missing.items()]
+        if not runs:
+            raise UsageError("; ".join(["nobody can load this", *absent]))
+        for timings in alternate(runs, rounds):
+            rows = [timing._asdict() | {"gives": gives[timing.name]} for timing in timings]
+            lines = [table(timings, "images", gives), "", *(f"- {line}" for line in absent)]
+            yield Report("\n".join(lines).rstrip(), rows, {timing.name: timing.rate for timing in timings}, "images/s")
+
+
+def _work(config: LoaderBenchConfig, scratch: Path) -> Work:
+    """The images of all contestants, drawn at random."""
+    whole = open_catalog(config.data.model_copy(update={"share": 1.0}), "train")
+    beton = whole if whole.beton else None
+    if config.beton is not None:
+        at = {"root": config.beton, "train": None, "share": 1.0, "by_content": False}
+        beton = open_catalog(config.data.model_copy(update=at), "train")
+        if beton.beton is None or beton.fingerprint != whole.fingerprint:
+            raise UsageError(f"beton={config.beton} is no FFCV file of '{whole.root}': write it with launch/prepare.py")
+    usable = whole.thinned(config.data.share).indices
+    count = min(len(usable), config.batch * config.batches)
+    ids = np.sort(np.random.default_rng(0).choice(usable, count, replace=False))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def ours(config: AugmentConfig) -> Callable[[], int]:
-        order = Order(picked, 0, batch, drop_last=False)
-        reader = make_loader(loader, catalog, order, SimCLR(config, 0), device)
-        return lambda: sum(len(delivered.labels) for delivered in reader.iterate())
-
-    contestants = {"fasttrain, all": ours(augment), "fasttrain, crop and flip": ours(plain)}
-    if loader.kind == "ffcv":
-        contestants["bare FFCV, crop and flip"] = bare_ffcv(catalog, plain, batch, count, loader.thread_count())
-    elif catalog.encoded:
-        files = [catalog.path(i) for i in picked]
-        if odd := next((path for path in files if not _is_utf8(path)), None):
-            raise UsageError(
-                f"'{odd}' is not UTF-8, and DALI's own reader opens no other names: rename it, or link to it"
-            )
-        contestants["bare DALI, all"] = bare_dali(files, augment, batch, loader.thread_count(), device)
-        contestants["bare DALI, crop and flip"] = bare_dali(files, plain, batch, loader.thread_count(), device)
-    for timings in alternate(contestants, rounds):
-        rates = {timing.name: timing.rate for timing in timings}
-        yield Report(table(timings, "images"), [timing._asdict() for timing in timings], rates, "images/s")
+    catalog = replace(whole, indices=ids, fingerprint="")
+    return Work(catalog, config.batch, config.loader.thread_count(), device, scratch, beton)
 
 
-def _is_utf8(path: str) -> bool:
-    return path == path.encode(errors="replace").decode()
+def _candidates(
+    config: LoaderBenchConfig, work: Work, peers: Iterable[Peer], closing: ExitStack
+) -> Iterator[tuple[str, Callable[[], Epoch], bool]]:
+    """Each one's name, how to build it, and whether that must succeed."""
+    asked = () if config.loader.kind == "auto" else (config.loader.kind,)
+    plain = config.augment.model_copy(update={"jitter_p": 0.0, "grey": 0.0, "blur": 0.0, "solarise": 0.0})
+    for extent, augment in {"all": config.augment, "crop and flip": plain}.items():
+        for kind in config.loaders or asked or get_args(Kind):
+            needed = not config.loaders and kind in asked
+            yield f"fasttrain {kind}, {extent}", partial(_ours, config.loader, kind, work, augment, closing), needed
+        for peer in peers:
+            yield f"{peer.title}, {extent}", partial(peer.build, work, augment), False
 
 
-def bare_dali(
-    files: list[str], augment: AugmentConfig, batch: int, threads: int, device: torch.device
-) -> Callable[[], int]:
-    """DALI's own reader, crops, flips, colour twist and blur, drawn by DALI; two views from one decode."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    gpu = device.type == "cuda"
-    s = augment.jitter
-
-    @pipeline_def(
-        batch_size=batch,
-        num_threads=threads,
-        device_id=device.index or 0 if gpu else None,
-        prefetch_queue_depth=2,
-        enable_conditionals=True,
-        seed=1,
-    )
-    def pipeline():
-        encoded, label = fn.readers.file(files=files, labels=[0] * len(files), random_shuffle=True, name="reader")
-        image = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
-        views = []
-        for _ in range(augment.views):
-            view = fn.random_resized_crop(
-                image,
-                size=[augment.size] * 2,
-                random_area=list(augment.scale),
-                random_aspect_ratio=list(augment.ratio),
-            )
-            view = fn.flip(view, horizontal=fn.random.coin_flip(probability=augment.flip))
-            if augment.jitter_p or augment.grey:
-                jittered = fn.random.coin_flip(probability=augment.jitter_p)
-                coloured = 1 - fn.random.coin_flip(probability=augment.grey)
-
-                def factor(spread: float, rest: float, jittered=jittered):
-                    drawn = fn.random.uniform(range=[rest - spread, rest + spread])
-                    return jittered * drawn + (1 - jittered) * rest
-
-                view = fn.color_twist(
-                    view,
-                    brightness=factor(0.8 * s, 1),
-                    contrast=factor(0.8 * s, 1),
-                    saturation=coloured * factor(0.8 * s, 1),
-                    hue=factor(72 * s, 0),
-                )
-            if augment.blur and fn.random.coin_flip(probability=augment.blur, dtype=types.BOOL):
-                sigma = fn.random.uniform(range=list(augment.sigma))
-                view = fn.gaussian_blur(view, sigma=sigma, window_size=2 * blur_radius(augment.size) + 1)
-            views.append(view)
-        return *views, label
-
-    pipe = pipeline()
-    pipe.build()
-    steps = -(-len(files) // batch)
-
-    def run() -> int:
-        for _ in range(steps):
-            pipe.run()
-        return steps * batch
-
-    return run
+def _ours(config: LoaderConfig, kind: Kind, work: Work, augment: AugmentConfig, closing: ExitStack) -> Epoch:
+    loader = LoaderConfig(**config.model_dump() | {"kind": kind})
+    catalog = work.require_beton() if kind == "ffcv" else work.catalog
+    order = Order(work.catalog.indices, 0, work.batch, drop_last=False)
+    reader = make_loader(loader, catalog, order, SimCLR(augment, 0), work.device)
+    closing.callback(reader.close)
+    return lambda: (batch.images for batch in reader.iterate(levels=True))
 
 
-def bare_ffcv(catalog: Catalog, augment: AugmentConfig, batch: int, images: int, threads: int) -> Callable[[], int]:
-    """``ffcv.loader.Loader`` with its own crops and flips; it decodes each image once a view."""
-    if catalog.beton is None:
-        raise UsageError(f"'{catalog.root}' is no FFCV file: write one with launch/prepare.py, or use loader.kind=dali")
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.pipeline import PipelineSpec
-    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+def _contestant(
+    build: Callable[[], Epoch], augment: AugmentConfig, device: torch.device
+) -> tuple[Callable[[], int], str]:
+    """How it goes through an epoch, and what its views are.
 
-    torch_threads = torch.get_num_threads()
-    pipelines = {"image": None, "label": None, "index": None}
-    for view in range(augment.views):
-        decoder = RandomResizedCropRGBImageDecoder((augment.size, augment.size), augment.scale, augment.ratio)
-        steps = [RandomHorizontalFlip(augment.flip), ToTensor()]
-        pipelines[f"view{view}"] = PipelineSpec("image", decoder=decoder, transforms=steps)
-    bare = Loader(
-        str(catalog.beton),
-        batch_size=batch,
-        num_workers=threads,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        drop_last=True,
-        pipelines=pipelines,
-        seed=0,
-    )
-    torch.set_num_threads(torch_threads)  # its constructor changed it
+    Raises:
+        UsageError: they are not as many, or not as large, as they should be.
+    """
+    epoch = build()
+    views = next(iter(epoch()), ())
+    shapes = [tuple(view.shape[1:]) for view in views]
+    if shapes != [(3, augment.size, augment.size)] * augment.views:
+        raise UsageError(f"its first batch has views of {shapes}")
+    return partial(_go_through, epoch, device), str(views[0].dtype).removeprefix("torch.")
 
-    def run() -> int:
-        done = 0
-        while done < images:
-            for _ in bare:
-                done += batch
-                if done >= images:
-                    break
-        return done
 
-    return run
+def _go_through(epoch: Epoch, device: torch.device) -> int:
+    images = sum(len(views[0]) for views in epoch())
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return images

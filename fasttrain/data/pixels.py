@@ -41,6 +41,7 @@ class Pixels(NamedTuple):
     """A split's decoded images, one after the other."""
 
     data: Tensor  # uint8 [bytes], on the device
+    host: Tensor  # the same in the host's memory, where other processes find it as long as this one has it
     starts: np.ndarray  # [full] int64, of image i's [H, W, 3] in data
     sizes: np.ndarray  # [full, 2] int32 (height, width)
     ids: np.ndarray  # [n] of the images that are there
@@ -154,7 +155,7 @@ def _of_arrays(catalog: Catalog) -> Pixels:
     count = len(catalog.pixels)
     starts = np.arange(count, dtype=np.int64) * catalog.pixels[:1].size
     data = torch.from_numpy(np.ascontiguousarray(catalog.pixels).reshape(-1))
-    return Pixels(data, starts, catalog.sizes, catalog.indices, {}, b"")
+    return Pixels(data, data, starts, catalog.sizes, catalog.indices, {}, b"")
 
 
 def _of_files(config: LoaderConfig, catalog: Catalog, ids: np.ndarray, key: str, state: bytes) -> Pixels:
@@ -176,7 +177,7 @@ def _of_files(config: LoaderConfig, catalog: Catalog, ids: np.ndarray, key: str,
     data, extra = shared(key, fill)
     kept = np.load(io.BytesIO(extra))
     bad = dict(zip(kept["bad"].tolist(), kept["told"].tolist(), strict=True))
-    return Pixels(torch.from_numpy(data), kept["starts"], kept["sizes"], ids, bad, state)
+    return Pixels(torch.from_numpy(data), torch.from_numpy(data), kept["starts"], kept["sizes"], ids, bad, state)
 
 
 def _in_chunks(

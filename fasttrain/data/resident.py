@@ -15,6 +15,7 @@ Ranks of a host, loaders of a process and jobs side by side share it; it ends wi
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from fasttrain.data.catalog import Catalog
     from fasttrain.data.loader import LoaderConfig
     from fasttrain.data.order import Order
+
+_LOOK_EVERY = 60.0  # seconds, and at an epoch's beginning, between two looks at whether files have changed
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class ResidentSource:
         self._is_bad = np.zeros(len(catalog.labels), bool)
         self._is_bad[list(pixels.bad)] = True
         self._workers = Workers(1)
-        self._changed = False
+        self._changed, self._next_look = False, time.monotonic() + _LOOK_EVERY
         self._planned: Future
 
     def seek(self, position: int, end: int | None) -> None:
@@ -88,7 +91,8 @@ class ResidentSource:
         """
         decoded = self._planned.result()
         self._planned = self._workers.submit(self._plan, position + 1)
-        if position and position % len(self._order) == 0 and self._order.drop_last:
+        if self._order.drop_last and position % len(self._order) == 0 and time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + _LOOK_EVERY
             self._workers.submit(self._look_for_changes)
         return decoded
 
@@ -117,7 +121,7 @@ class ResidentSource:
         raise UsageError(f"{tried[0].complaint}, nor any of {len(tried) - 1} others: {self.remedy}")
 
     def _look_for_changes(self) -> None:
-        """Once an epoch, and told once: the copy is what the run goes on with."""
+        """Told once: the copy is what the run goes on with."""
         if not self._changed and file_state(self._catalog, self._pixels.ids) != self._pixels.state:
             self._changed = True
             _log.warning(

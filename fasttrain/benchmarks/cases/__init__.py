@@ -29,6 +29,7 @@ class Case(NamedTuple):
     truth: Callable[[], Results]  # in float64, not by our kernels
     contestants: dict[str, Callable[[], Results]]  # OURS first
     floors: Mapping[str, Callable[[], object]] = MappingProxyType({})  # not expected to be beaten; results not compared
+    rounded: float | None = None  # relative error within which results agree, if not that of the dtype's rounding
 
     @property
     def title(self) -> str:

@@ -14,7 +14,10 @@ from fasttrain.benchmarks.ceilings import Work
 from fasttrain.data.augment import AugmentConfig, SimCLR
 from fasttrain_kernels.augment import packed
 from fasttrain_kernels.augment.batched import augment_batched
+from fasttrain_kernels.augment.cpu import augment_cpu
+from fasttrain_kernels.augment.draws import unpacked
 from fasttrain_kernels.augment.gpu import augment_gpu
+from fasttrain_kernels.threads import in_slices
 
 Augment = Callable[..., None]
 
@@ -34,6 +37,19 @@ class Views(NamedTuple):
         out = torch.empty((*self.table.shape[:2], *[self.size] * 2, 3), dtype=dtype, device=self.table.device)
         augment(self.pixels, self.starts, self.sizes, self.table, out)
         return out
+
+
+def by_kernel(pixels: Tensor, starts: Tensor, sizes: Tensor, table: Tensor, out: Tensor) -> None:
+    """Ours: a GPU's kernel, or the CPU's on all of PyTorch's threads."""
+    if out.is_cuda:
+        return augment_gpu(pixels, starts, sizes, table, out)
+    draws, arrays = unpacked(table.numpy()), [tensor.numpy() for tensor in (pixels, starts, sizes, out)]
+
+    def work(first: int, last: int) -> None:
+        part = slice(first, last)
+        augment_cpu(arrays[0], arrays[1][part], arrays[2][part], draws.take(part), arrays[3], first)
+
+    in_slices(len(starts), work)
 
 
 def views_to_make(images: int, source: tuple[int, int], config: AugmentConfig, device: torch.device) -> Views:
@@ -62,8 +78,9 @@ def augment_cases(images: int, source: tuple[int, int], config: AugmentConfig, d
         Work(0, views.read + 4 * int(np.prod(shape))),
         ("views",),
         lambda: by(augment_batched, torch.float64),
-        {OURS: lambda: by(augment_gpu), REFERENCE: lambda: by(augment_batched)},
+        {OURS: lambda: by(by_kernel), REFERENCE: lambda: by(augment_batched)},
+        rounded=3e-4,  # of crops, one value in a thousand is the next grey level
     )
 
 
-__all__ = ["Views", "augment_cases", "views_to_make"]
+__all__ = ["Views", "augment_cases", "by_kernel", "views_to_make"]

@@ -57,4 +57,15 @@ def packed(draws: Draws) -> np.ndarray:
     return table
 
 
-__all__ = ["Column", "Draws", "packed"]
+def unpacked(table: np.ndarray) -> Draws:
+    """What :func:`packed` packed."""
+    words = table.swapaxes(0, 1)
+    numbers, flags = words.view(np.float32), words[..., Column.FLAGS]
+    flip, grey, solarise = ((flags >> bit & 1).astype(bool) for bit in range(3))
+    brightness, contrast, saturation, hue, sigma = (numbers[..., column] for column in range(Column.BRIGHTNESS, 10))
+    order = (flags[..., None] >> np.array([8, 10, 12, 14]) & 3).astype(np.int8)
+    fields = words[..., :4], flip, brightness, contrast, saturation, hue, order, grey, sigma, solarise
+    return Draws(*map(np.ascontiguousarray, fields))
+
+
+__all__ = ["Column", "Draws", "packed", "unpacked"]
