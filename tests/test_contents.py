@@ -14,7 +14,7 @@ from PIL import Image
 
 from fasttrain.data.augment import AugmentConfig, CentreCrop, SimCLR, apply_reference
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
-from fasttrain.data.contents import Arrays, Contents, Files, _look, contents_of
+from fasttrain.data.contents import Arrays, Contents, Files, _look, contents_of, slices
 from fasttrain.data.damage import is_cut
 from fasttrain.data.header import header_size
 from fasttrain.data.loader import LoaderConfig, make_loader
@@ -185,6 +185,13 @@ def test_arrays_are_gathered_and_what_is_no_catalogue_is_left():
     assert (rows.together() == pixels[ids]).all() and rows.sizes.tolist() == [[4, 6]] * 3
     assert type(contents_of(object())) is Contents
     assert Contents().read(ids, Contents().rows(ids), slice(1, 3)).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("length", "count"), [(0, 4), (3, 4), (4, 4), (10, 4), (512, 7)])
+def test_slices_cover_all_once_and_none_is_empty(length, count):
+    parts = [list(range(length))[part] for part in slices(length, count)]
+    assert [*itertools.chain(*parts)] == list(range(length)) and len(parts) == min(length, count)
+    assert all(parts) and max(map(len, parts), default=0) - min(map(len, parts), default=0) <= 1
 
 
 @pytest.mark.parametrize("views", [1, 2])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fasttrain.data.augment import coloured
-from fasttrain.data.contents import Rows, contents_of
+from fasttrain.data.contents import Rows, contents_of, slices
 from fasttrain.data.damage import Bad, is_cut
 from fasttrain.data.finish import FinishOnGpu
 from fasttrain.data.header import header_size
@@ -151,7 +151,8 @@ class DaliSource:
         for _, index in filter(lambda known: known[0] == epoch, self._undecodable):
             self._contents.forget(index)
         rows = self._contents.rows(ids)
-        parts = self._readers.over_slices(lambda part: self._read_part(epoch, ids, rows, part), len(ids))
+        parts = slices(len(ids), self._readers.count)
+        parts = [self._readers.submit(self._read_part, epoch, ids, rows, part) for part in parts]
         return _Read(epoch, ids, rows, parts)
 
     def _read_part(self, epoch: int, ids: np.ndarray, rows: Rows, part: slice) -> dict[int, _Image]:

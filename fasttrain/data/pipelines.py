@@ -79,8 +79,10 @@ class Undecoded:
     def start(self, images: Images) -> None: ...
 
     def collect(self, images: Images) -> Whole:
-        parts = [np.asarray(pixels).reshape(-1) for pixels in images.contents]
-        return Whole.of(np.concatenate([np.zeros(0, np.uint8), *parts]), images.sizes, images.draws)
+        pixels = images.contents
+        if isinstance(pixels, list):
+            pixels = np.concatenate([np.zeros(0, np.uint8), *(image.reshape(-1) for image in pixels)])
+        return Whole.of(pixels.reshape(-1), images.sizes, images.draws)
 
 
 class _Pipeline:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fasttrain.data.augment import coloured
+from fasttrain.data.contents import slices
 from fasttrain.data.finish import Memory, Mover
 from fasttrain.data.prefetch import Workers
 from fasttrain_kernels.augment.cpu import augment_cpu
@@ -62,7 +63,7 @@ class CropOnCpu:
         def work(part: slice) -> None:
             augment_cpu(pixels, starts[part], sizes[part], draws.take(part), out, part.start)
 
-        for done in self._workers.over_slices(work, len(starts)):
+        for done in [self._workers.submit(work, part) for part in slices(len(starts), self._workers.count)]:
             done.result()
         return self._move(images, decoded)
 
