@@ -194,7 +194,7 @@ def test_a_runs_settings_hold_for_its_own_data_set_alone(run_folder, name, capsy
         assert (found.augment.size, found.augment.eval_crop) == (16, 0.5)
     assert not capsys.readouterr().err
     found = settings("data.root=/other", "data.val=held")
-    assert found.data.share == 1 and found.data.val == "held" and found.loader.kind == "dali"
+    assert found.data.share == 1 and found.data.val == "held" and found.loader.kind == "auto"
     assert found.augment.size == 16
     said = capsys.readouterr().err
     assert "is another data set than the run's" in said and "data.share=0.1" in said and "loader.kind=ffcv" in said

@@ -20,6 +20,7 @@ from fasttrain.config import Config
 from fasttrain_kernels.augment.batched import rotate_hue
 from fasttrain_kernels.augment.reference import LUMA
 
+_LUMA = torch.tensor(LUMA).tolist()  # as float32 has them
 Name = Literal["colour_space", "rotation", "translation", "colour_jitter"]
 
 
@@ -126,8 +127,8 @@ def _within(*largest: float) -> Callable[[Tensor], Tensor]:
 
 
 def _luma(x: Tensor) -> Tensor:
-    red, green, blue = x.split(1, dim=-1)
-    return red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
+    red, green, blue = (share * part for share, part in zip(_LUMA, x.split(1, dim=-1), strict=True))
+    return red + green + blue
 
 
 def _away_from(other: Tensor, x: Tensor, change: Tensor) -> Tensor:

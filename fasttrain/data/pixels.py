@@ -128,7 +128,7 @@ _kept: dict[tuple[str, torch.device], Pixels] = {}  # the oldest first
 def _keep(config: LoaderConfig, catalog: Catalog, ids: np.ndarray, device: torch.device, said: bool) -> Pixels:
     """What this process has, or finds among the host's, or decodes."""
     state = file_state(catalog, ids)
-    key = _digest(str(catalog.root).encode(), catalog.fingerprint.encode(), ids.tobytes(), state)
+    key = _digest(os.fsencode(catalog.root), catalog.fingerprint.encode(), ids.tobytes(), state)
     if (key, device) not in _kept:
         pixels = _of_arrays(catalog) if catalog.pixels is not None else _of_files(config, catalog, ids, key, state)
         room = config.resident_share * host_memory() - pixels.data.nbytes
