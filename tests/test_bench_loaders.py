@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from fasttrain.benchmarks import loader_peers
 from fasttrain.benchmarks.loader import LoaderBenchConfig, compare_loaders
-from fasttrain.benchmarks.loader_peers import PEERS, Peer
+from fasttrain.benchmarks.loader_peers import PEERS, Peer, numba_as_it_is
 from fasttrain.benchmarks.loader_work import Work, by_workers
 from fasttrain.benchmarks.timing import cpu_seconds
 from fasttrain.data.augment import AugmentConfig, blur_radius
@@ -28,6 +28,12 @@ from fasttrain.errors import UsageError
 CPU = torch.device("cpu")
 ALL = AugmentConfig(size=16, scale=(0.2, 1.0), jitter=0.5, solarise=0.1)
 FLIPPED = AugmentConfig(size=16, jitter_p=0.0, grey=0.0, blur=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def numba():
+    with numba_as_it_is():
+        yield
 
 
 @pytest.fixture(scope="module")

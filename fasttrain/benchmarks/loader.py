@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from fasttrain.benchmarks.loader_peers import Peer, PeerName, importable, reason
+from fasttrain.benchmarks.loader_peers import Peer, PeerName, importable, numba_as_it_is, reason
 from fasttrain.benchmarks.loader_work import Epoch, Work
 from fasttrain.benchmarks.timing import Report, alternate, table
 from fasttrain.config import Config, PathText
@@ -56,6 +56,7 @@ def compare_loaders(config: LoaderBenchConfig, rounds: int) -> Iterator[Report]:
     """
     with ExitStack() as closing:
         work = _work(config, Path(closing.enter_context(TemporaryDirectory(prefix="fasttrain-bench-"))))
+        closing.enter_context(numba_as_it_is())
         runs: dict[str, Callable[[], int]] = {}
         closing.callback(runs.clear)  # the threads and processes of others end with them
         gives: dict[str, str] = {}

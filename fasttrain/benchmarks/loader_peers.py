@@ -11,8 +11,10 @@ import importlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from PIL import Image
@@ -301,6 +303,17 @@ def bare_ffcv(work: Work, augment: AugmentConfig) -> Epoch:
             yield [view.permute(0, 3, 1, 2).to(work.device, non_blocking=True) for view in views]
 
     return epoch
+
+
+@contextmanager
+def numba_as_it_is() -> Iterator[None]:
+    """FFCV's memory manager marks a type that all of numba shares, an array of bytes, as read-only: functions that were
+    compiled for it are not found any more. After this they are, and FFCV's are not."""
+    shared = numba.uint8[::1]
+    try:
+        yield
+    finally:
+        shared.mutable = True
 
 
 def reason(error: Exception) -> str:
