@@ -53,8 +53,8 @@ def _colours(draws: Draws, size: int) -> tuple[np.ndarray, ...]:
 def blur_taps(sigma: np.ndarray, radius: int) -> np.ndarray:
     """Gaussian weights at distance 0 ... radius, [..., radius + 1] float32; both sides together sum to 1."""
     distance = np.arange(radius + 1)
-    if not sigma.any():
-        return np.broadcast_to((distance == 0).astype(np.float32), (*sigma.shape, radius + 1))
+    if not sigma.any():  # a copy, as below: a compiled function takes another kind of array for another signature
+        return np.broadcast_to((distance == 0).astype(np.float32), (*sigma.shape, radius + 1)).copy()
     taps = np.exp(-0.5 * (distance / np.maximum(sigma, 1e-6).astype(np.float64)[..., None]) ** 2)
     return (taps / (2 * taps.sum(axis=-1, keepdims=True) - taps[..., :1])).astype(np.float32)
 
