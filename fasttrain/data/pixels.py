@@ -68,7 +68,7 @@ def resident_pixels(config: LoaderConfig, catalog: Catalog, order: Order, device
         return None
     raise UsageError(
         f"loader.kind=resident: the {len(ids):,} images of '{catalog.root}' take {_size(needed)} when decoded, and "
-        f"{lack}: set loader.kind=auto"
+        f"{lack}: make room, or set loader.kind=auto"
     )
 
 
