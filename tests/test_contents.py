@@ -14,11 +14,12 @@ from PIL import Image
 
 from fasttrain.data.augment import AugmentConfig, CentreCrop, SimCLR, apply_reference
 from fasttrain.data.catalog import Catalog, DataConfig, open_catalog
-from fasttrain.data.contents import Arrays, Contents, Files, _look, contents_of, slices
+from fasttrain.data.contents import Arrays, Contents, Files, _look, contents_of
 from fasttrain.data.damage import is_cut
 from fasttrain.data.header import header_size
 from fasttrain.data.loader import LoaderConfig, make_loader
 from fasttrain.data.order import Order
+from fasttrain.data.prefetch import slices
 from fasttrain.errors import UsageError
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")

@@ -187,6 +187,7 @@ def test_auto_takes_it_for_training_where_it_fits_and_says_so(images, loaders, c
     assert isinstance(loaders(catalog, order, simclr(), kind="auto"), ResidentLoader)
     assert "resident, 40 images of" in capsys.readouterr().err
     assert not isinstance(loaders(catalog, evaluation, simclr(), kind="auto"), ResidentLoader)
+    resident._kept.clear()
     monkeypatch.setattr(resident, "host_memory", lambda: 100_000)
     assert not isinstance(loaders(catalog, order, simclr(), kind="auto"), ResidentLoader)
     assert not capsys.readouterr().err
@@ -209,6 +210,23 @@ def test_a_part_is_kept_where_the_whole_does_not_fit(images, loaders, monkeypatc
     loaders(catalog, Order(np.arange(4), 0, 2), simclr(), resident_share=0.5)
     ((_, kept),) = resident._kept.items()
     assert kept.ids.tolist() == [0, 1, 2, 3] and len(kept.data) < 50_000
+
+
+def test_what_is_kept_needs_no_more_room(images, loaders, monkeypatch):
+    catalog, order = catalog_of(images), Order(np.arange(COUNT), 0, 8)
+    loaders(catalog, order, simclr())
+    monkeypatch.setattr(resident, "free_memory", lambda: 0)
+    assert isinstance(loaders(catalog, order, simclr()), ResidentLoader)
+
+
+def test_a_split_without_a_sound_image_ends_in_a_line(loaders, tmp_path):
+    catalog = catalog_of(write_images(tmp_path, "JPEG"))
+    for index in range(COUNT):
+        Path(catalog.path(index)).write_bytes(Path(catalog.path(index)).read_bytes()[:300])
+    with pytest.raises(
+        UsageError, match=r"cannot decode '.*' \(truncated: its end is missing\), nor any of 100 others"
+    ):
+        batches(loaders(catalog, Order(np.arange(COUNT), 0, 8), simclr()), 0, 1)
 
 
 def test_the_oldest_gives_way(images, loaders, monkeypatch):

@@ -17,7 +17,6 @@ five were not.
 from __future__ import annotations
 
 import os
-from itertools import pairwise
 from typing import NamedTuple
 
 import numba
@@ -132,16 +131,6 @@ def contents_of(catalog: Catalog) -> Contents:
     return Files(catalog) if catalog.names is not None else Arrays(catalog.pixels)
 
 
-def slices(length: int, count: int) -> list[slice]:
-    """``count`` that cover ``range(length)``, fewer where they would be empty: one for each thread.
-
-    Each hand-over to a thread is one of the interpreter's lock, too: four for each slow a thread that launches
-    operations 1.6 times beside the running loader, one 1.35 times.
-    """
-    ends = np.linspace(0, length, min(count, length) + 1).astype(int).tolist()
-    return [slice(*pair) for pair in pairwise(ends)]
-
-
 # Compiled ----------------------------------------------------------------------------------------------------------
 
 _int32, _word, _pointer = numba.types.int32, numba.types.intp, numba.types.uintp
@@ -227,4 +216,4 @@ def _number(data, at, size):
     return number
 
 
-__all__ = ["Arrays", "Contents", "Files", "Rows", "contents_of", "slices"]
+__all__ = ["Arrays", "Contents", "Files", "Rows", "contents_of"]

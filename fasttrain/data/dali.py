@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from fasttrain.data.augment import coloured
-from fasttrain.data.contents import Rows, contents_of, slices
+from fasttrain.data.contents import Rows, contents_of
 from fasttrain.data.damage import Bad, is_cut
 from fasttrain.data.finish import FinishOnGpu
 from fasttrain.data.header import header_size
 from fasttrain.data.pipelines import Images, OnCpu, OnGpu, Undecoded
-from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers
+from fasttrain.data.prefetch import Decoded, PrefetchLoader, Workers, slices
 from fasttrain.data.uncropped import CropOnCpu, Uncropped, Whole
 from fasttrain.data.verify import examine
 from fasttrain.errors import UsageError

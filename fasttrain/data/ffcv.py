@@ -12,8 +12,8 @@ change a type object that all of numba shares (functions compiled before are no 
 
 Mean absolute difference to the plain reference over SimCLR's crops, in grey levels at 32 and 224 pixels: 0.15 and 0.16
 from raw pixels (at most 1), 1.0 and 1.0 from JPEG (the DCT); INTER_AREA's would be 2.1 and 1.4 (at most 56 and 138).
-Core time for two views without colours, beside ``ffcv.loader.Loader`` in the same run: CIFAR-10 16 against 29 us from
-JPEG, 10 against 11 us raw; Imagenette at 224 0.39 against 0.74 ms from JPEG, 0.25 against 0.50 ms raw (AMD EPYC).
+Core time for two views without colours, beside ``ffcv.loader.Loader`` in the same run: CIFAR-10 27 against 41 us from
+JPEG, 14 against 17 us raw; Imagenette at 224 0.59 against 0.93 ms from JPEG (loader_cpu_2026-11-28.md).
 """
 
 from __future__ import annotations

@@ -61,9 +61,14 @@ def resident_pixels(config: LoaderConfig, catalog: Catalog, order: Order, device
     if auto and catalog.pixels is None and not order.drop_last:
         return None
     for ids in (catalog.indices, order.indices) if order.drop_last or catalog.pixels is not None else (order.indices,):
+        state = file_state(catalog, ids)
+        key = _digest(os.fsencode(catalog.root), catalog.fingerprint.encode(), ids.tobytes(), state)
+        if (key, device) in _kept:
+            return _kept[key, device]
         needed = _decoded_bytes(config, catalog, ids)
         if not (lack := _lack(needed, config.resident_share, device)):
-            return _keep(config, catalog, ids, device, said=order.drop_last)
+            pixels = _of_arrays(catalog) if catalog.pixels is not None else _of_files(config, catalog, ids, key, state)
+            return _keep(key, pixels, catalog, config.resident_share, device, said=order.drop_last)
     if auto:
         return None
     raise UsageError(
@@ -107,7 +112,8 @@ def _lack(needed: int, share: float, device: torch.device) -> str | None:
     rooms = [("the memory of this host or container", host_memory(), free_memory())]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        rooms.append(("the GPU's memory", total, free))
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own
+        rooms.append(("the GPU's memory", total, free + unused))
     for name, total, free in rooms:
         if needed > share * total:
             return f"loader.resident_share={share:g} of {name} ({_size(total)}) is {_size(share * total)}"
@@ -125,21 +131,17 @@ def _size(count: float) -> str:
 _kept: dict[tuple[str, torch.device], Pixels] = {}  # the oldest first
 
 
-def _keep(config: LoaderConfig, catalog: Catalog, ids: np.ndarray, device: torch.device, said: bool) -> Pixels:
-    """What this process has, or finds among the host's, or decodes."""
-    state = file_state(catalog, ids)
-    key = _digest(os.fsencode(catalog.root), catalog.fingerprint.encode(), ids.tobytes(), state)
-    if (key, device) not in _kept:
-        pixels = _of_arrays(catalog) if catalog.pixels is not None else _of_files(config, catalog, ids, key, state)
-        room = config.resident_share * host_memory() - pixels.data.nbytes
-        while _kept and sum(other.data.nbytes for other in _kept.values()) > room:
-            del _kept[next(iter(_kept))]
-        _kept[key, device] = pixels._replace(data=pixels.data.to(device))
-        if said:
-            distributed.say(
-                f"loader: resident, {len(ids):,} images of {catalog.root} ({_size(pixels.data.nbytes)}) are kept "
-                f"decoded in {'the GPU' * (device.type == 'cuda') or 'memory'}"
-            )
+def _keep(key: str, pixels: Pixels, catalog: Catalog, share: float, device: torch.device, said: bool) -> Pixels:
+    """Put ``pixels`` on the device and among what this process has; the oldest gives way."""
+    room = share * host_memory() - pixels.data.nbytes
+    while _kept and sum(other.data.nbytes for other in _kept.values()) > room:
+        del _kept[next(iter(_kept))]
+    _kept[key, device] = pixels._replace(data=pixels.data.to(device))
+    if said:
+        distributed.say(
+            f"loader: resident, {len(pixels.ids):,} images of {catalog.root} ({_size(pixels.data.nbytes)}) are kept "
+            f"decoded in {'the GPU' if device.type == 'cuda' else 'memory'}"
+        )
     return _kept[key, device]
 
 
@@ -166,7 +168,7 @@ def _of_files(config: LoaderConfig, catalog: Catalog, ids: np.ndarray, key: str,
         _in_chunks(config, catalog, unknown, "sizes of", lambda chunk: decoding.measure(chunk, sizes))
         nbytes = 3 * sizes[ids].astype(np.int64).prod(axis=1)
         starts[ids] = np.cumsum(nbytes) - nbytes
-        data = allocate(int(nbytes.sum()))
+        data = allocate(max(1, int(nbytes.sum())))  # all may be bad
         _in_chunks(config, catalog, ids, "decode", lambda chunk: decoding.decode(chunk, sizes, starts, data))
         found = sorted(decoding.bad.items())
         bad, told = np.array([index for index, _ in found], np.int64), np.array([reason for _, reason in found], "U")

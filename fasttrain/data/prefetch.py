@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -154,6 +155,16 @@ class Workers:
             self._tasks.put(None)
 
 
+def slices(length: int, count: int) -> list[slice]:
+    """``count`` that cover ``range(length)``, fewer where they would be empty: one for each thread.
+
+    Each hand-over to a thread is one of the interpreter's lock, too: four for each slow a thread that launches
+    operations 1.6 times beside the running loader, one 1.35 times.
+    """
+    ends = np.linspace(0, length, min(count, length) + 1).astype(int).tolist()
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
 def _work(tasks: queue.SimpleQueue) -> None:
     while (task := tasks.get()) is not None:
         future, function, arguments = task
@@ -236,4 +247,4 @@ def _shorten(paths: list[str], most: int = 3) -> str:
     return ", ".join(f"'{path}'" for path in paths[:most]) + more if paths else "(nothing: the decoder itself hangs)"
 
 
-__all__ = ["Decoded", "Finish", "PrefetchLoader", "Produced", "Source", "Workers"]
+__all__ = ["Decoded", "Finish", "PrefetchLoader", "Produced", "Source", "Workers", "slices"]

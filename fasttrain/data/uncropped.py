@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from fasttrain.data.augment import coloured
-from fasttrain.data.contents import slices
 from fasttrain.data.finish import Memory, Mover
-from fasttrain.data.prefetch import Workers
+from fasttrain.data.prefetch import Workers, slices
 from fasttrain_kernels.augment.cpu import augment_cpu
 from fasttrain_kernels.augment.draws import packed
 from fasttrain_kernels.augment.gpu import augment_gpu

@@ -1,6 +1,6 @@
 """Crop, antialiased bilinear resize and flip: compiled, without Python's lock.
 
-``box`` of uint8 [H, 3 W] -> three planes of float32 grey levels, a few output rows at a time. Where the box is the
+A box of uint8 [H, 3 W] -> float32 grey levels, a few output rows [3 S] at a time. Where the box is the
 output's size its pixels are taken as they are; where it is no larger, each of its rows is stretched once, and two of
 them blended; else every output row blends input rows first, then columns of that. In float32, rounded once at the end,
 half up (Pillow's fixed point rounds after each direction).
@@ -15,11 +15,8 @@ jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contrac
 
 HALF = np.float32(0.5)
 _STRIP = 2048  # pixels
-_ONE, _TWO, _THREE = (
-    np.uintp(1),
-    np.uintp(2),
-    np.uintp(3),
-)  # unsigned: numba need not ask whether it counts from the end
+# unsigned: numba need not ask whether an index counts from the end
+_ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)
 
 
 @jit
